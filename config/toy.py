@@ -1,0 +1,43 @@
+# The built-in data set and a model of 0.2M parameters, from scratch on the CPU.
+#     python prepare.py config/toy.py && python train.py config/toy.py
+dataset = 'toy'
+data_dir = 'data/toy'
+out_dir = 'out-toy'
+init_from = 'scratch'
+steps_from = 'all'           # each hop is a step
+train_rows = 16384
+seed = 0
+
+prompt = '<image>{question}\n{choices}\n'  # short: every token costs time here
+answer = '{choice} {letter}'               # the colour before the letter: the other way round it is not learnt
+max_length = 128
+max_new_tokens = 16
+
+c_thought = 1
+max_latent_stage = 4
+epochs_stage0 = 3
+epochs_per_stage = 2
+learning_rate_stage0 = 3e-3
+learning_rate = 2e-3
+
+hidden_size = 64
+intermediate_size = 192
+num_hidden_layers = 3
+num_attention_heads = 4
+num_key_value_heads = 2
+head_dim = 16
+rope_theta = 1e4
+tie_word_embeddings = True
+vision_hidden_size = 32
+vision_intermediate_size = 128
+vision_num_layers = 1
+vision_num_heads = 2
+image_size = 84
+max_tiles = 1
+
+batch_size = 64
+eval_batch_size = 250
+beta2 = 0.98
+weight_decay = 0.01
+warmup_steps = 50
+threads = 1                  # the model is so small that a second thread costs more than it brings

@@ -1,0 +1,698 @@
+"""
+MultiCoCo's model: InternVL3 that reasons in continuous thoughts. One image, one question, one forward:
+
+    uint8 tiles -> InternViT (timm) -> pixel shuffle -> projector \\
+                                                                   fused -> chunk 0 -> thought 1 -> chunk 1 -> ... -> answer
+    token ids   -> embedding ------------------------------------ /
+
+Sources: Coconut (arXiv 2412.06769), InternVL3 (arXiv 2504.10479), Qwen2 (arXiv 2407.10671).
+Notation: B rows, T tokens a row, D width, H heads, K key/value heads, P tiles, N visual tokens a tile, V vocabulary,
+n thoughts, S slots (see `lay_out`). State-dict names are OpenGVLab's, and timm's inside the vision tower.
+
+Where we leave the sources, and why:
+- Coconut pads the batch until all thoughts stand in one column; we cut each row at its own thoughts instead, so any number of
+  thoughts may stand anywhere, and one thought costs one token's pass for the whole batch.
+- The image is encoded once. It stays in the keys and values, so nothing is fused again when a thought is fed back.
+- Thoughts are never detached: the gradient of the answer reaches thought 1.
+- A count of <IMG_CONTEXT> that does not fit the tiles is an error. OpenGVLab truncates the features and zeroes the loss.
+- RoPE is plain: InternVL3's 'dynamic' scaling equals it up to max_position_embeddings, and longer inputs are refused.
+"""
+import json
+import math
+import os
+import pickle
+import re
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple, Optional
+
+import timm
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from tokenizers import AddedToken, Tokenizer
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+IMG, END_IMG, IMG_CONTEXT = '<img>', '</img>', '<IMG_CONTEXT>'
+START_LATENT, LATENT, END_LATENT = '<|start-latent|>', '<|latent|>', '<|end-latent|>'
+SPECIAL_TOKENS = (IMG, END_IMG, IMG_CONTEXT, START_LATENT, LATENT, END_LATENT)
+IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as InternVL was trained
+PADDING = 2**30  # the position of padding: greater than any query's, so that no query sees it as a key
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# tokenizer
+
+def load_tokenizer(name_or_path):
+    """The checkpoint's tokenizer with every token of SPECIAL_TOKENS present, each added only if it is not there yet."""
+    return add_special_tokens(read_tokenizer(fetch(name_or_path)))
+
+
+def read_tokenizer(folder):
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise OSError(f'no tokenizer could be loaded from {folder}: {str(error).splitlines()[0]}') from None
+
+
+def add_special_tokens(tokenizer):
+    known = tokenizer.get_vocab()
+    new = [AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS if t not in known]
+    tokenizer.add_special_tokens({'additional_special_tokens': new}, replace_extra_special_tokens=False)
+    for token in SPECIAL_TOKENS:
+        ids = tokenizer.encode(f'a{token}b', add_special_tokens=False)
+        assert ids.count(tokenizer.convert_tokens_to_ids(token)) == 1, f'{token} is not a token of its own: it became {ids}'
+        assert tokenizer.convert_tokens_to_ids(token) != tokenizer.unk_token_id, f'{token} is the unknown token'
+    return tokenizer
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# decoder: Qwen2 (q/k/v with bias) or Qwen3 (RMS norm on each head's queries and keys)
+
+def rotary(position, head_dim, theta):
+    """cos and sin, float32 [B, 1, T, head_dim], of integer positions [B, T]."""
+    frequency = theta ** -(torch.arange(0, head_dim, 2, device=position.device, dtype=torch.float32) / head_dim)
+    angle = position[:, None, :, None].float() * torch.cat((frequency, frequency))
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    a, b = x.chunk(2, -1)
+    return x * cos.to(x.dtype) + torch.cat((-b, a), -1) * sin.to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.head_dim, self.qk_norm = c.head_dim, c.qk_norm
+        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=c.attention_bias)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.attention_bias)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.attention_bias)
+        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
+        if c.qk_norm:
+            self.q_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps)
+
+    def forward(self, x, cos, sin, mask, extend):
+        q, k, v = (rearrange(proj(x), 'b t (h d) -> b h t d', d=self.head_dim)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
+        keys, values = extend(k, v)  # [B, K, all so far, head_dim]
+        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        return self.o_proj(rearrange(y, 'b h t d -> b t (h d)')), k, v
+
+
+class MLP(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x, cos, sin, mask, extend):
+        """x [B, L, D]; extend: this pass's keys and values -> all so far. Gives x and this pass's keys and values."""
+        y, k, v = self.self_attn(self.input_layernorm(x), cos, sin, mask, extend)
+        x = x + y
+        return x + self.mlp(self.post_attention_layernorm(x)), k, v
+
+
+class GrowingCache:
+    """Keys and values by concatenation: every tensor stays as autograd saved it, so the loop can be differentiated."""
+
+    def __init__(self, num_layers):
+        self.past = [((), ()) for _ in range(num_layers)]
+
+    def extend(self, layer):
+        return partial(self.concatenate, *self.past[layer])  # what is past now, also when checkpointing asks again later
+
+    @staticmethod
+    def concatenate(past_k, past_v, k, v):
+        return torch.cat((*past_k, k), 2), torch.cat((*past_v, v), 2)
+
+    def append(self, layer, k, v):
+        past_k, past_v = self.past[layer]
+        self.past[layer] = (*past_k, k), (*past_v, v)
+
+
+class StaticCache:
+    """Keys and values written in place into [B, K, size, head_dim], for decoding without gradients."""
+
+    def __init__(self, c, batch, size, like):
+        shape = (c.num_hidden_layers, 2, batch, c.num_key_value_heads, size, c.head_dim)
+        self.kv, self.used = torch.zeros(shape, dtype=like.dtype, device=like.device), [0] * c.num_hidden_layers
+
+    def extend(self, layer):
+        return partial(self.write, layer)
+
+    def write(self, layer, k, v):
+        keys, values = self.kv[layer]
+        start, stop = self.used[layer], self.used[layer] + k.shape[2]
+        keys[:, :, start:stop], values[:, :, start:stop] = k, v
+        return keys[:, :, :stop], values[:, :, :stop]
+
+    def append(self, layer, k, v):
+        self.used[layer] += k.shape[2]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# where a token stands: the only bookkeeping of the latent loop
+
+class Layout(NamedTuple):
+    slot: torch.Tensor      # int64 [B, T]: the slot of each token (0 for padding)
+    ids: torch.Tensor       # int64 [B, S]: token ids in slots
+    position: torch.Tensor  # int64 [B, S]: the token's position in its row, PADDING where a slot is empty
+    length: torch.Tensor    # int64 [B, n + 1]: real tokens of each row in each chunk, 0 where the row has no such thought
+    widths: list            # n + 1 ints: slots of each chunk, that is its longest row
+
+
+def lay_out(input_ids, attention_mask, config):
+    """
+    Cuts every row at its own thoughts and gives each token a slot, chunk behind chunk, so that chunk k of all rows is one
+    range of columns. Chunk 0 is a row up to its first thought, chunk k runs from thought k to just before thought k + 1:
+
+        row 0:  p p p p p p | t1 | t2 a a a            p prompt or visual token
+        row 1:  p p p       | t1 | t2 | t3 a a         t thought    a answer token
+        chunk:  0             1    2    3
+        slots:  0 1 2 3 4 5   6    7 8 9 10  11 12 13  (row 1: 6 7 8 are empty behind its p's 0 1 2 ...)
+
+    Done on the host, where the lengths are needed anyway: one copy there, one back.
+    """
+    ids = input_ids.cpu()
+    B, T = ids.shape
+    real = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.cpu().bool()
+    if real.shape != ids.shape:
+        raise ValueError(f'attention_mask is {list(real.shape)} where input_ids is {list(ids.shape)}: they must agree')
+    for b in ((real[:, 1:] > real[:, :-1]).any(1) | ~real[:, 0]).nonzero():
+        raise ValueError(f'row {b.item()} of attention_mask is not 1s followed by 0s: pad on the right')
+    latent = (ids == config.latent_token_id) & real
+    for b in latent[:, 0].nonzero():
+        raise ValueError(f'row {b.item()} starts with {LATENT}: a thought needs a token before it')
+    longest = int(real.sum(1).max())
+    if longest > config.max_position_embeddings:
+        raise ValueError(f'a row has {longest} tokens, the model takes {config.max_position_embeddings} at most: shorten it')
+    chunk = latent.cumsum(1)                                                                  # [B, T]
+    length = torch.zeros(B, int(chunk.max()) + 1, dtype=torch.long).scatter_add_(1, chunk, real.long())
+    start, widths = length.cumsum(1) - length, length.max(0).values                           # [B, n + 1], [n + 1]
+    position = torch.arange(T).expand(B, T)
+    slot = (widths.cumsum(0) - widths)[chunk] + position - start.gather(1, chunk)
+    S = int(widths.sum())
+    into = torch.where(real, slot, S)                                    # padding goes to column S, which is cut off
+    table = lambda fill, x: torch.full((B, S + 1), fill).scatter_(1, into, x)[:, :S].to(input_ids.device)
+    return Layout(slot.where(real, 0).to(input_ids.device), table(config.pad_token_id, ids), table(PADDING, position),
+                  length.to(input_ids.device), widths.tolist())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the whole model
+
+@dataclass
+class Config:
+    # language model: Qwen2.5-0.5B
+    vocab_size: int = 151677              # rows of embedding and head: InternVL3's 151674 and the three latent tokens
+    hidden_size: int = 896
+    intermediate_size: int = 4864
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 14
+    num_key_value_heads: int = 2
+    head_dim: int = 64
+    attention_bias: bool = True           # on q, k, v: Qwen2 True, Qwen3 False
+    qk_norm: bool = False                 # RMS norm on each head's q and k: Qwen3
+    rope_theta: float = 1e6
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 32768
+    tie_word_embeddings: bool = False
+    # vision tower: InternViT-300M
+    vision_hidden_size: int = 1024
+    vision_intermediate_size: int = 4096
+    vision_num_layers: int = 24
+    vision_num_heads: int = 16
+    patch_size: int = 14
+    image_size: int = 448                 # side of a tile in pixels
+    downsample_ratio: float = 0.5         # pixel shuffle: 1024 patches -> 256 visual tokens a tile
+    ps_version: str = 'v2'
+    # token ids
+    image_token_id: int = 151667          # <IMG_CONTEXT>
+    latent_token_id: int = 151675         # <|latent|>
+    eos_token_ids: tuple = (151645, 151643)
+    pad_token_id: int = 151643
+
+    @property
+    def num_image_tokens(self):
+        """N, visual tokens a tile."""
+        return int(self.image_size // self.patch_size * self.downsample_ratio) ** 2
+
+
+class LanguageModel(nn.Module):
+    """Only what the state dict needs: the passes through it are MultiCoCo's `decode`."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.model = nn.ModuleDict(dict(
+            embed_tokens=nn.Embedding(c.vocab_size, c.hidden_size),
+            layers=nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers)),
+            norm=nn.RMSNorm(c.hidden_size, c.rms_norm_eps)))
+        self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+        self.tied = c.tie_word_embeddings
+        self.tie()
+
+    def tie(self):
+        if self.tied:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+
+class Output(NamedTuple):
+    loss: Optional[torch.Tensor]    # float32 scalar, mean over supervised tokens; None without labels
+    logits: Optional[torch.Tensor]  # [B, T, V]; None with labels
+    thoughts: torch.Tensor          # [B, n, D], the vectors fed back, 0 where a row has fewer than n
+
+
+class MultiCoCo(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        self.activation_checkpointing = False
+        self.vision_model = timm.models.VisionTransformer(
+            img_size=c.image_size, patch_size=c.patch_size, embed_dim=c.vision_hidden_size, depth=c.vision_num_layers,
+            num_heads=c.vision_num_heads, mlp_ratio=c.vision_intermediate_size / c.vision_hidden_size, init_values=1.0,
+            final_norm=False, num_classes=0, weight_init='skip')
+        shuffled = int(c.vision_hidden_size / c.downsample_ratio ** 2)
+        self.mlp1 = nn.Sequential(nn.LayerNorm(shuffled), nn.Linear(shuffled, c.hidden_size), nn.GELU(),
+                                  nn.Linear(c.hidden_size, c.hidden_size))
+        self.language_model = LanguageModel(c)
+        self.init_weights()
+
+    @classmethod
+    def from_pretrained(cls, name_or_path, dtype=torch.float32):
+        """
+        InternVL from a hub id or a local folder: OpenGVLab's layout or the -hf one, one file or sharded, safetensors only. The rows
+        of tokens that `load_tokenizer` adds are the mean of the rows that were there. Raises OSError or ValueError in one sentence.
+        """
+        folder = fetch(name_or_path)
+        files = weight_files(folder)
+        shapes = {name: file.get_slice(name).get_shape() for file in files for name in file.keys()}
+        tokenizer = read_tokenizer(folder)
+        known = set(tokenizer.get_vocab().values())
+        add_special_tokens(tokenizer)
+        with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f:
+            config = read_config(json.load(f), shapes, tokenizer, name_or_path)
+        with torch.device('meta'):
+            model = cls(config)
+        weights, parts = {}, {}
+        for file in files:
+            for name in file.keys():
+                ours, third = rename(name)
+                tensor = file.get_tensor(name).to(dtype, copy=True)  # a copy: the mapped file's pages can go
+                if third is None:
+                    weights[ours] = tensor
+                else:
+                    parts.setdefault(ours, {})[third] = tensor
+        for ours, thirds in parts.items():
+            if len(thirds) < 3:
+                raise ValueError(f'{name_or_path}: of {ours} only {", ".join(sorted(thirds))} is there, expected q, k and v')
+            weights[ours] = torch.cat([thirds[third] for third in 'qkv'])
+        for ours in ('language_model.model.embed_tokens.weight', 'language_model.lm_head.weight'):
+            if ours in weights:
+                weights[ours] = with_mean_rows(weights[ours], known, config.vocab_size)
+        if config.tie_word_embeddings:
+            weights['language_model.lm_head.weight'] = weights['language_model.model.embed_tokens.weight']
+        load_weights(model, weights, name_or_path, assign=True)
+        model.language_model.tie()
+        print(f'{name_or_path}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters from {len(shapes)} tensors in '
+              f'{len(files)} file(s), all used, none missing; {config.vocab_size - shapes_of_embedding(shapes)[0]} rows added')
+        return model.eval()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """For training from scratch: logits start near scale 1 and a thought has the scale of a token embedding."""
+        c = self.config
+        for name, module in self.named_modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                std = module.weight[0].numel() ** -0.5
+                if name.endswith(('o_proj', 'down_proj')):      # the ends of the residual branches
+                    std /= math.sqrt(2 * c.num_hidden_layers)
+                elif name.endswith(('attn.proj', 'fc2')):
+                    std /= math.sqrt(2 * c.vision_num_layers)
+                nn.init.normal_(module.weight, std=std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for table in (self.language_model.model.embed_tokens.weight, self.vision_model.cls_token, self.vision_model.pos_embed):
+            nn.init.normal_(table, std=0.35)
+        self.language_model.model.norm.weight.fill_(0.35)
+
+    @torch.no_grad()
+    def start_markers_as(self, tokenizer, text):
+        """The embeddings around thoughts start as that of a token which the model will know when thoughts come in."""
+        start, end = tokenizer.convert_tokens_to_ids([START_LATENT, END_LATENT])
+        table = self.language_model.model.embed_tokens.weight
+        table[start] = table[end] = table[tokenizer.encode(text, add_special_tokens=False)[-1]]
+
+    def set_activation_checkpointing(self, on=True):
+        """Recompute activations in the backward pass: nothing changes but memory and time."""
+        self.activation_checkpointing = on
+        self.vision_model.set_grad_checkpointing(on)
+
+    def embed_image(self, pixel_values):
+        """Tiles [P, 3, S, S], uint8 or normalised float, to visual tokens [P, N, D]."""
+        c = self.config
+        if pixel_values.shape[1:] != (3, c.image_size, c.image_size):
+            raise ValueError(f'tiles are {list(pixel_values.shape[1:])}, this model takes [3, {c.image_size}, {c.image_size}]: '
+                             f'prepare them with image_size={c.image_size}')
+        if pixel_values.dtype == torch.uint8:
+            mean, std = (torch.tensor(v, device=pixel_values.device)[:, None, None] for v in (IMAGE_MEAN, IMAGE_STD))
+            pixel_values = (pixel_values.float() / 255 - mean) / std
+        x = self.vision_model.forward_features(pixel_values.to(self.vision_model.pos_embed.dtype))  # [P, 1 + h*p*w*q, C]
+        p = round(1 / c.downsample_ratio)
+        shuffled = 'b (h w) (p q c)' if c.ps_version == 'v2' else 'b (w h) (p q c)'
+        return self.mlp1(rearrange(x[:, 1:], f'b (h p w q) c -> {shuffled}', h=c.image_size // c.patch_size // p, p=p, q=p))
+
+    def embed_text(self, ids):
+        return self.language_model.model.embed_tokens(ids)
+
+    def as_pause(self, k, thought):
+        """An `edit_thought`: the learned embedding of <|latent|> instead of a thought, so that nothing is fed back."""
+        return self.embed_text(torch.full(thought.shape[:1], self.config.latent_token_id, device=thought.device)).to(thought.dtype)
+
+    def fuse(self, ids, pixel_values=None, num_tiles=None, image_flags=None):
+        """ids [B, S] in slots to embeddings [B, S, D]: visual tokens stand where <IMG_CONTEXT> did, in row order."""
+        x, here, N = self.embed_text(ids), ids == self.config.image_token_id, self.config.num_image_tokens
+        P = 0 if pixel_values is None else len(pixel_values)
+        if image_flags is not None and P:
+            keep = image_flags.flatten().to(pixel_values.device).bool()
+            if len(keep) != P:
+                raise ValueError(f'image_flags has {len(keep)} entries for {P} tiles: give one a tile')
+            if num_tiles is not None and int(num_tiles.sum()) == P:  # counted before the flagged tiles are dropped
+                num_tiles = torch.stack([part.sum() for part in keep.split(num_tiles.tolist())])
+            pixel_values, P = pixel_values[keep], int(keep.sum())
+        counts = here.sum(1).tolist()
+        tiles = [count // N for count in counts] if num_tiles is None else num_tiles.tolist()
+        for b, (count, have) in enumerate(zip(counts, tiles)):
+            if count != have * N:
+                raise ValueError(f'row {b} holds {count} {IMG_CONTEXT} tokens, but its {have} tiles give {have * N} visual tokens '
+                                 f'({N} a tile): encode text and tiles together')
+        if sum(tiles) != P:
+            b = next((b for b in range(len(tiles)) if sum(tiles[:b + 1]) > P), len(tiles) - 1)
+            raise ValueError(f'row {b} ends {sum(tiles[:b + 1])} tiles into the batch by its {counts[b]} {IMG_CONTEXT} tokens, but '
+                             f'pixel_values holds {P} tiles: encode text and tiles together')
+        if P:
+            x = x.masked_scatter(here[..., None], self.embed_image(pixel_values).to(x.dtype))
+        return x
+
+    def decode(self, x, position, mask, cache):
+        """One pass through the decoder: x [B, L, D] at position [B, L] to hidden states after the final norm [B, L, D]."""
+        cos, sin = rotary(position, self.config.head_dim, self.config.rope_theta)
+        for i, layer in enumerate(self.language_model.model.layers):
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x, k, v = checkpoint(layer, x, cos, sin, mask, cache.extend(i), use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, k, v = layer(x, cos, sin, mask, cache.extend(i))
+            cache.append(i, k, v)
+        return self.language_model.model.norm(x)
+
+    def think(self, x, layout, cache, edit_thought=None):
+        """
+        The latent loop over fused embeddings x [B, S, D]: n + 1 passes, one a chunk (see `lay_out`). The embedding of thought k
+        is the row's hidden state just before it. A query sees the keys whose position is not greater than its own.
+        Gives hidden states [B, S, D] and thoughts [B, n, D].
+        """
+        rows = torch.arange(len(x), device=x.device)
+        hidden, thoughts, start = [], [], 0
+        for k, width in enumerate(layout.widths):
+            stop = start + width
+            position, h, mask = layout.position[:, start:stop], x[:, start:stop], None
+            if k:  # chunk 0 needs no mask: with padding on the right, causal is enough
+                thought = hidden[-1][rows, layout.length[:, k - 1].clamp(min=1) - 1]                             # [B, D]
+                if edit_thought is not None:
+                    thought = edit_thought(k, thought)
+                thought = torch.where(layout.length[:, k, None] > 0, thought, 0).to(x.dtype)
+                thoughts.append(thought)
+                h = torch.cat((thought[:, None], h[:, 1:]), 1)
+                mask = layout.position[:, None, None, :stop] <= position[:, None, :, None]                       # [B, 1, L, stop]
+            hidden.append(self.decode(h, position, mask, cache))
+            start = stop
+        return torch.cat(hidden, 1), torch.stack(thoughts, 1) if thoughts else x[:, :0]
+
+    def forward(self, input_ids, pixel_values=None, attention_mask=None, labels=None, num_tiles=None, image_flags=None,
+                edit_thought=None):
+        """
+        input_ids       int64 [B, T], right-padded; a <|latent|> anywhere but first is a thought
+        pixel_values    uint8 or normalised float [P, 3, S, S]: the tiles of all rows in row order; None without images
+        attention_mask  [B, T], 1 for a token; None for no padding
+        labels          int64 [B, T], -100 where unsupervised; only supervised positions go through the head
+        num_tiles       int64 [B], tiles of each row, for the check per row
+        image_flags     [P], tiles flagged 0 are dropped before the ViT
+        edit_thought    (k, thought [B, D]) -> [B, D], called before thought k = 1, 2, ... n is fed back
+        Gives an Output. Raises ValueError where the batch does not hold together.
+        """
+        layout = lay_out(input_ids, attention_mask, self.config)
+        x = self.fuse(layout.ids, pixel_values, num_tiles, image_flags)
+        hidden, thoughts = self.think(x, layout, GrowingCache(self.config.num_hidden_layers), edit_thought)
+        if labels is None:
+            rows = torch.arange(len(x), device=x.device)[:, None]
+            return Output(None, self.language_model.lm_head(hidden[rows, layout.slot]), thoughts)
+        row, before = (labels[:, 1:] != -100).nonzero(as_tuple=True)   # the token at `before` predicts the next one
+        if not len(row):
+            raise ValueError('labels supervise no token of this batch: every row needs a target behind its prompt')
+        logits = self.language_model.lm_head(hidden[row, layout.slot[row, before]])
+        return Output(F.cross_entropy(logits.float(), labels[row, before + 1]), None, thoughts)
+
+    @torch.no_grad()
+    def generate(self, input_ids, pixel_values=None, attention_mask=None, max_new_tokens=64, temperature=0.0, top_p=1.0,
+                 num_tiles=None, image_flags=None, edit_thought=None, generator=None):
+        """
+        New tokens int64 [B, <= max_new_tokens], each row up to and with its end token, then padding. Greedy at temperature 0.
+        Thoughts of the prompt run through the same loop as in training. A <|latent|> that the model writes itself is fed the
+        last hidden state too (edit_thought then gets k = n + its place among the new tokens, from 1).
+        """
+        if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
+            raise ValueError(f'temperature={temperature}, top_p={top_p}, max_new_tokens={max_new_tokens}: '
+                             'expected temperature >= 0, 0 < top_p <= 1 and max_new_tokens >= 1')
+        c, layout = self.config, lay_out(input_ids, attention_mask, self.config)
+        length, (B, S) = layout.length.sum(1), layout.ids.shape
+        if int(length.max()) + max_new_tokens > c.max_position_embeddings:
+            raise ValueError(f'{int(length.max())} prompt tokens and {max_new_tokens} new ones exceed the model\'s '
+                             f'{c.max_position_embeddings}: lower max_new_tokens or shorten the prompt')
+        x = self.fuse(layout.ids, pixel_values, num_tiles, image_flags)
+        k_proj = self.language_model.model.layers[0].self_attn.k_proj
+        cache = StaticCache(c, B, S + max_new_tokens, like=k_proj(x[:1, :1]))  # of autocast's dtype where that is on
+        hidden, thoughts = self.think(x, layout, cache, edit_thought)
+        rows, eos = torch.arange(B, device=x.device), torch.tensor(c.eos_token_ids, device=x.device)
+        last = hidden[rows, layout.slot[rows, length - 1]]                                                       # [B, D]
+        position = F.pad(layout.position, (0, max_new_tokens), value=PADDING)
+        new, done = torch.full((B, max_new_tokens), c.pad_token_id, device=x.device), torch.zeros_like(rows, dtype=torch.bool)
+        for i in range(max_new_tokens):
+            token = sample(self.language_model.lm_head(last).float(), temperature, top_p, generator)
+            new[:, i] = token = torch.where(done, c.pad_token_id, token)
+            done |= torch.isin(token, eos)
+            if i + 1 == max_new_tokens or done.all():
+                break
+            thought = last if edit_thought is None else edit_thought(thoughts.shape[1] + i + 1, last)
+            x = torch.where((token == c.latent_token_id)[:, None], thought.to(x.dtype), self.embed_text(token))
+            position[:, S + i] = here = length + i
+            mask = (position[:, :S + i + 1] <= here[:, None])[:, None, None]                                     # [B, 1, 1, S + i + 1]
+            last = self.decode(x[:, None], here[:, None], mask, cache)[:, 0]
+        return new[:, :i + 1]
+
+
+def sample(logits, temperature, top_p, generator=None):
+    """float32 [B, V] to int64 [B]: the likeliest token at temperature 0, else one drawn from the top_p mass."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    p, token = (logits / temperature).softmax(-1).sort(-1, descending=True)
+    p[p.cumsum(-1) - p >= top_p] = 0
+    return token.gather(-1, torch.multinomial(p, 1, generator=generator))[:, 0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# checkpoints
+
+def fetch(name_or_path):
+    """A local folder as it is; a hub id's files from the hub's cache, or from the hub if they are not all there."""
+    if os.path.isdir(name_or_path):
+        return name_or_path
+    if os.path.exists(name_or_path) or not re.fullmatch(r'[\w.-]+/[\w.-]+', name_or_path):
+        raise FileNotFoundError(f'{name_or_path} is neither a folder nor a hub id like OpenGVLab/InternVL3-1B-Pretrained')
+    wanted = dict(allow_patterns=['*.json', '*.safetensors', '*.txt'])
+    try:
+        return snapshot_download(name_or_path, local_files_only=True, **wanted)
+    except (OSError, ValueError):
+        pass  # not in the cache: ask the hub
+    try:
+        return snapshot_download(name_or_path, **wanted)
+    except (OSError, ValueError, RuntimeError) as error:  # offline, no such repository, no access
+        raise OSError(f'{name_or_path} is not in the local cache and the hub could not be reached ({type(error).__name__}): give a '
+                      'local folder of the checkpoint, or train the built-in data set with config/toy.py') from None
+
+
+def weight_files(folder):
+    """The open safetensors files of a checkpoint folder."""
+    index, single = os.path.join(folder, 'model.safetensors.index.json'), os.path.join(folder, 'model.safetensors')
+    if not os.path.isfile(os.path.join(folder, 'config.json')):
+        raise FileNotFoundError(f'{folder} holds no config.json: give the folder of a whole InternVL checkpoint')
+    if os.path.isfile(index):
+        with open(index, encoding='utf-8') as f:
+            paths = [os.path.join(folder, name) for name in sorted(set(json.load(f)['weight_map'].values()))]
+    elif os.path.isfile(single):
+        paths = [single]
+    else:
+        raise FileNotFoundError(f'{folder} holds no model.safetensors and no model.safetensors.index.json: only safetensors are '
+                                'read, so convert .bin files first')
+    for path in paths:
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f'{folder} lacks {os.path.basename(path)}, which its index names: download it again')
+    try:
+        return [safe_open(path, 'pt') for path in paths]
+    except SafetensorError as error:
+        raise ValueError(f'a safetensors file of {folder} is damaged ({error}): download it again') from None
+
+
+# file name -> our name. Rows without a right side are the same on both sides; a name that fits no row is an error.
+KEYS = [(re.compile(pattern), ours) for pattern, ours in (
+    (r'language_model\.(?:model\.(?:embed_tokens|layers\.\d+|norm)|lm_head)\..+', None),
+    # OpenGVLab
+    (r'vision_model\.embeddings\.class_embedding', 'vision_model.cls_token'),
+    (r'vision_model\.embeddings\.position_embedding', 'vision_model.pos_embed'),
+    (r'vision_model\.embeddings\.patch_embedding\.(.+)', r'vision_model.patch_embed.proj.\1'),
+    (r'vision_model\.encoder\.layers\.(\d+)\.(ls[12])', r'vision_model.blocks.\1.\2.gamma'),
+    (r'vision_model\.encoder\.layers\.(\d+)\.((?:norm[12]|attn|mlp)\..+)', r'vision_model.blocks.\1.\2'),
+    (r'mlp1\.[013]\.(?:weight|bias)', None),
+    # -hf
+    (r'vision_tower\.embeddings\.cls_token', 'vision_model.cls_token'),
+    (r'vision_tower\.embeddings\.position_embeddings', 'vision_model.pos_embed'),
+    (r'vision_tower\.embeddings\.patch_embeddings\.projection\.(.+)', r'vision_model.patch_embed.proj.\1'),
+    (r'vision_tower\.encoder\.layer\.(\d+)\.lambda_([12])', r'vision_model.blocks.\1.ls\2.gamma'),
+    (r'vision_tower\.encoder\.layer\.(\d+)\.layernorm_before\.(.+)', r'vision_model.blocks.\1.norm1.\2'),
+    (r'vision_tower\.encoder\.layer\.(\d+)\.layernorm_after\.(.+)', r'vision_model.blocks.\1.norm2.\2'),
+    (r'vision_tower\.encoder\.layer\.(\d+)\.attention\.(?P<third>[qkv])_proj\.(.+)', r'vision_model.blocks.\1.attn.qkv.\3'),
+    (r'vision_tower\.encoder\.layer\.(\d+)\.attention\.projection_layer\.(.+)', r'vision_model.blocks.\1.attn.proj.\2'),
+    (r'vision_tower\.encoder\.layer\.(\d+)\.mlp\.(.+)', r'vision_model.blocks.\1.mlp.\2'),
+    (r'multi_modal_projector\.layer_norm\.(.+)', r'mlp1.0.\1'),
+    (r'multi_modal_projector\.linear_1\.(.+)', r'mlp1.1.\1'),
+    (r'multi_modal_projector\.linear_2\.(.+)', r'mlp1.3.\1'))]
+
+
+def rename(name):
+    """A file's tensor name -> (our name, 'q', 'k' or 'v' if it is a third of our fused qkv)."""
+    for pattern, ours in KEYS:
+        if match := pattern.fullmatch(name):
+            return (name if ours is None else match.expand(ours)), match.groupdict().get('third')
+    return name, None  # load_weights reports it as not known
+
+
+def shapes_of_embedding(shapes):
+    if 'language_model.model.embed_tokens.weight' not in shapes:
+        raise ValueError('the checkpoint has no language_model.model.embed_tokens.weight: it is not InternVL with a Qwen decoder')
+    return shapes['language_model.model.embed_tokens.weight']
+
+
+def with_mean_rows(matrix, known, rows):
+    """Embedding or head [V, D] with `rows` rows; those of ids that no token had before are the mean of those that one had."""
+    old = torch.tensor(sorted(i for i in known if i < len(matrix)))
+    new = torch.tensor(sorted(set(range(rows)) - set(old.tolist())))
+    grown = matrix if rows <= len(matrix) else torch.cat((matrix, matrix.new_empty(rows - len(matrix), matrix.shape[1])))
+    grown[new] = matrix[old].float().mean(0).to(matrix.dtype)
+    return grown
+
+
+def read_config(c, shapes, tokenizer, source):
+    """A checkpoint's config.json to our Config. Some copies carry a wrong llm_config beside a right text_config."""
+    embedding = shapes_of_embedding(shapes)
+    candidates = [c[key] for key in ('llm_config', 'text_config') if c.get(key)]
+    fit = [t for t in candidates if [t.get('vocab_size'), t.get('hidden_size')] == embedding]
+    if not fit:
+        raise ValueError(f'{source}: embed_tokens is {embedding}, but config.json describes '
+                         f'{[[t.get("vocab_size"), t.get("hidden_size")] for t in candidates]} [vocab_size, hidden_size]')
+    t, v = fit[0], c['vision_config']
+    rope = t.get('rope_parameters') or t
+    scaling = (t.get('rope_scaling') or t.get('rope_parameters') or {})
+    pair = lambda x: x[0] if isinstance(x, (list, tuple)) else x
+    refuse = {f'its decoder is {t.get("model_type")}, not qwen2 or qwen3': t.get('model_type') not in ('qwen2', 'qwen3'),
+              'its vision tower is InternViT-6B with query/key norm, which timm cannot express':
+                  v.get('qk_normalization') or v.get('use_qk_norm') or v.get('norm_type') == 'rms_norm',
+              'its vision tower has no bias on q, k, v': not v.get('qkv_bias', v.get('attention_bias')),
+              f'its rope is {scaling.get("rope_type")}': scaling.get('rope_type', 'default') not in ('default', 'dynamic'),
+              'it reads an inner layer of the vision tower': c.get('select_layer', c.get('vision_feature_layer', -1)) != -1}
+    for reason, holds in refuse.items():
+        if holds:
+            raise ValueError(f'{source} is not supported: {reason}; InternVL2.5/3 1B, 2B, 8B, 14B and InternVL3.5 with Qwen are')
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in (*SPECIAL_TOKENS, '<|im_end|>', '<|endoftext|>')}
+    return Config(
+        vocab_size=max(embedding[0], len(tokenizer)), hidden_size=t['hidden_size'], intermediate_size=t['intermediate_size'],
+        num_hidden_layers=t['num_hidden_layers'], num_attention_heads=t['num_attention_heads'],
+        num_key_value_heads=t['num_key_value_heads'], head_dim=t.get('head_dim') or t['hidden_size'] // t['num_attention_heads'],
+        attention_bias=t['model_type'] == 'qwen2', qk_norm=t['model_type'] == 'qwen3', rope_theta=float(rope.get('rope_theta', 1e4)),
+        rms_norm_eps=t['rms_norm_eps'], max_position_embeddings=t['max_position_embeddings'],
+        tie_word_embeddings=bool(c.get('tie_word_embeddings', False)),
+        vision_hidden_size=v['hidden_size'], vision_intermediate_size=v['intermediate_size'], vision_num_layers=v['num_hidden_layers'],
+        vision_num_heads=v['num_attention_heads'], patch_size=pair(v['patch_size']),
+        image_size=c.get('force_image_size') or pair(v['image_size']), downsample_ratio=c.get('downsample_ratio', 0.5),
+        ps_version=c.get('ps_version', 'v2'), image_token_id=ids[IMG_CONTEXT], latent_token_id=ids[LATENT],
+        eos_token_ids=(ids['<|im_end|>'], ids['<|endoftext|>']), pad_token_id=ids['<|endoftext|>'])
+
+
+def load_checkpoint(path):
+    """
+    Model (float32, evaluation mode) and tokenizer: from a .pt of train.py, whose other entries are then at `model.checkpoint`, or
+    from a checkpoint folder or hub id, where `model.checkpoint` is {}.
+    """
+    if not path.endswith('.pt'):
+        model = MultiCoCo.from_pretrained(path)
+        model.checkpoint = {}
+        return model, load_tokenizer(path)
+    checkpoint = read_checkpoint(path)
+    config = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in checkpoint['config'].items()})
+    model = MultiCoCo(config)
+    load_weights(model, checkpoint.pop('model'), path)
+    model.checkpoint = checkpoint
+    return model.eval(), tokenizer_from_json(checkpoint['tokenizer'], config)
+
+
+def read_checkpoint(path):
+    """The dict that train.py wrote."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f'no checkpoint at {path}: train one first, or give the path of a .pt file')
+    try:
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise ValueError(f'{path} is not a whole checkpoint ({str(error).splitlines()[0][:80]}): it may be cut off, '
+                         'use another one') from None
+    if not isinstance(checkpoint, dict) or not {'model', 'config', 'tokenizer', 'knobs'} <= checkpoint.keys():
+        raise ValueError(f'{path} is no checkpoint of train.py: it lacks model, config, tokenizer or knobs')
+    return checkpoint
+
+
+def load_weights(model, weights, source, assign=False):
+    """Total both ways: every parameter is filled, every tensor is used, shapes agree."""
+    want = model.state_dict()
+    wrong = [f'{name} is missing' for name in want if name not in weights]
+    wrong += [f'{name} is not known here' for name in weights if name not in want]
+    wrong += [f'{name} is {list(weights[name].shape)}, expected {list(want[name].shape)}'
+              for name in want if name in weights and weights[name].shape != want[name].shape]
+    if wrong:
+        raise ValueError(f'{source} does not fit this model, {len(wrong)} tensors differ: {"; ".join(wrong[:3])}')
+    model.load_state_dict(weights, assign=assign)
+
+
+def tokenizer_from_json(text, config):
+    """The tokenizer of a checkpoint, from its JSON text and the token ids in the config."""
+    tokenizer = Tokenizer.from_str(text)
+    name = tokenizer.id_to_token
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=name(config.eos_token_ids[0]),
+                                   pad_token=name(config.pad_token_id))

@@ -1,0 +1,449 @@
+"""
+From a data set to a batch. As a command it prepares a folder; as a module it turns a row of that folder into model inputs.
+
+    python prepare.py                                                  A-OKVQA from the hub
+    python prepare.py --dataset=FOLDER --data_dir=data/mine            parquet files in A-OKVQA's schema
+    python prepare.py config/toy.py                                    the built-in data set, drawn here
+    python prepare.py --dataset=prosqa_train.json --data_dir=data/prosqa --init_from=scratch     Coconut's own files
+
+A prepared folder holds {split}.jsonl, images/{split}/, cache/tiles/{split}/ and, with init_from='scratch', tokenizer/. A row has the
+fields of Coconut's files, question, steps, answer, and where there are, image, choices, correct_choice_idx, question_id.
+Sources: Coconut's public data code, A-OKVQA's, InternVL's dynamic tiling as transformers' GotOcr2ImageProcessorPil does it.
+"""
+import contextlib
+import errno
+import hashlib
+import io
+import json
+import os
+import random
+import re
+import shutil
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from configurator import configure
+from model import END_IMG, END_LATENT, IMG, IMG_CONTEXT, LATENT, SPECIAL_TOKENS, START_LATENT
+
+# --- knobs of the command ---------------------------------------------------------------------------------------------
+dataset = 'HuggingFaceM4/A-OKVQA'  # hub id, folder of parquet files, JSON file in Coconut's format, or 'toy' to draw one
+data_dir = 'data/aokvqa'           # the prepared folder
+init_from = 'OpenGVLab/InternVL3-1B-Pretrained'  # the checkpoint to train; 'scratch' trains a tokenizer on the data
+steps_from = 'first'               # 'first': the first rationale, cut into steps; 'all': each rationale is a step
+max_latent_stage = 4               # a rationale of one sentence is cut into so many spans of words
+image_size = 448                   # side of a tile in pixels
+max_tiles = 8                      # without the thumbnail
+cache_tiles = True                 # tiles as uint8 on disk; False cuts them while training
+train_rows = 8192                  # rows of each split, where the data set is drawn
+val_rows = 500
+test_rows = 500
+seed = 1337
+# --- how a row becomes text: train.py has the same knobs, here they only show the tokenizer what it will see
+PROMPT = '<image>\nQuestion: {question}\n\nChoices:\n{choices}\n\nLet me think step by step:\n'
+ANSWER = 'The answer is {letter}. {choice}'  # also: {explanation}, the first sentence of the rationale
+prompt = PROMPT
+answer = ANSWER
+
+# --- text -------------------------------------------------------------------------------------------------------------
+LETTERS = 'ABCDEFGH'
+MODES = ('coconut', 'cot', 'no_cot', 'pause', 'no_thoughts')
+SYSTEM = '你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。'
+SEEING = re.compile(r'\b(see|sees|seen|look|looks|looking|visible|image|picture|photo|shown|shows)\b', re.I)
+
+
+def fill(template, row):
+    """A prompt or answer template with the row's fields. Without an image or choices, what speaks of them is left out."""
+    choices = row.get('choices') or []
+    if not choices:
+        template = '\n\n'.join(part for part in template.split('\n\n') if '{choices}' not in part)
+        template = '{answer}' if '{letter}' in template or '{choice}' in template else template
+    fields = dict(question=row['question'], answer=row.get('answer', ''), explanation=row.get('explanation', ''),
+                  choices='\n'.join(f'{letter}. {choice}' for letter, choice in zip(LETTERS, choices)))
+    if choices and row.get('correct_choice_idx') is not None:
+        right = row['correct_choice_idx']
+        fields.update(letter=LETTERS[right], choice=choices[right])
+    try:
+        text = template.format(**fields)
+    except (KeyError, IndexError, ValueError) as error:
+        raise ValueError(f'the template {template!r} cannot be filled ({type(error).__name__} {error}): it may use '
+                         f'{", ".join("{" + f + "}" for f in fields)}') from None
+    return text if row.get('image') else text.replace('<image>\n', '').replace('<image>', '')
+
+
+def build_text(row, stage, mode='coconut', c_thought=2, max_latent_stage=4, pad_latent_to_max=True, prompt=PROMPT, answer=ANSWER,
+               template='plain', visual_bridge=False):
+    """
+    One row at one stage: (prompt, number of thoughts, target). Stage k hides the first k steps behind k * c_thought thoughts
+    (fewer where a row has fewer steps, unless pad_latent_to_max); a stage beyond max_latent_stage hides all steps.
+    Stage 0 has no thoughts and no markers. Training, evaluation and sample.py all come through here.
+    """
+    if mode not in MODES or template not in ('plain', 'chatml'):
+        raise ValueError(f'mode={mode!r}, template={template!r}: expected a mode of {", ".join(MODES)} and plain or chatml')
+    stage, steps = 0 if mode == 'cot' else stage, row.get('steps')
+    hidden = len(steps or ()) if mode == 'no_cot' or stage > max_latent_stage else stage
+    thoughts = 0 if mode in ('no_cot', 'no_thoughts') else min(stage, max_latent_stage)
+    if not pad_latent_to_max and steps is not None:
+        thoughts = min(thoughts, len(steps))
+    lines = list((steps or ())[hidden:])
+    bridge = ''
+    if visual_bridge and row.get('image'):
+        bridge = 'Analyzing the visual information:\n' if stage else ''
+        if lines and not stage:
+            lines[0] = 'Looking at the image, ' + lines[0]
+        elif lines and not SEEING.search(lines[0]):
+            lines[0] = 'From what I can see, ' + lines[0]
+    text = fill(prompt, row)
+    if template == 'chatml':
+        text = f'<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{text.rstrip()}<|im_end|>\n<|im_start|>assistant\n'
+    target = '\n'.join([*lines, fill(answer, row)]) if 'answer' in row else None
+    return text + bridge, thoughts * c_thought, target
+
+
+def encode(row, tokenizer, stage, tiles=None, supervised=True, max_length=2560, num_image_tokens=256, **text):
+    """
+    One row's model inputs: {input_ids: list, labels: list or None, pixel_values: uint8 [P, 3, S, S] or None}.
+
+    tiles             uint8 [P, 3, S, S], the row's image as `tile_image` gives it; None for a row without an image
+    supervised        False leaves out steps and answer, for generation: labels is None
+    num_image_tokens  N, visual tokens a tile
+    text              knobs of `build_text`
+    Raises ValueError where the row does not fit max_length or its visual tokens are not N a tile.
+    """
+    prompt, thoughts, target = build_text(row, stage, **text)
+    name, visual = row.get('question_id', '?'), 0 if tiles is None else len(tiles) * num_image_tokens
+    prompt = prompt.replace('<image>', IMG + IMG_CONTEXT * visual + END_IMG)
+    ids = tokenizer.encode(prompt, add_special_tokens=False)
+    image_token, latent = tokenizer.convert_tokens_to_ids([IMG_CONTEXT, LATENT])
+    if ids.count(image_token) != visual:
+        raise ValueError(f'row {name} holds {ids.count(image_token)} {IMG_CONTEXT} tokens, but its '
+                         f'{0 if tiles is None else len(tiles)} tiles give {visual}: the prompt needs one <image> for one image')
+    if ids.count(latent):
+        raise ValueError(f'row {name} holds {LATENT} in its own text: remove it from the question and choices')
+    if thoughts:
+        start, end = tokenizer.convert_tokens_to_ids([START_LATENT, END_LATENT])
+        ids = [*ids, start, *[latent] * thoughts, end]
+    labels = None
+    if supervised:
+        if target is None:
+            raise ValueError(f'row {name} has no answer: it can be asked, not trained on')
+        goal = [*tokenizer.encode(target, add_special_tokens=False), tokenizer.eos_token_id]
+        ids, labels = ids + goal, [-100] * len(ids) + goal
+    if len(ids) > max_length:
+        raise ValueError(f'row {name} needs {len(ids)} tokens ({visual} visual, {thoughts} thoughts), max_length is {max_length}')
+    return dict(input_ids=ids, labels=labels, pixel_values=tiles)
+
+
+def collate(rows):
+    """What `encode` gave, as the keyword arguments of the model's forward; padded on the right."""
+    T = max(len(r['input_ids']) for r in rows)
+    pad = lambda key, value: torch.tensor([r[key] + [value] * (T - len(r[key])) for r in rows])
+    tiles = [r['pixel_values'] for r in rows if r['pixel_values'] is not None]
+    batch = dict(input_ids=pad('input_ids', 0), pixel_values=torch.cat(tiles) if tiles else None,
+                 attention_mask=torch.tensor([[1] * len(r['input_ids']) + [0] * (T - len(r['input_ids'])) for r in rows]),
+                 num_tiles=torch.tensor([0 if r['pixel_values'] is None else len(r['pixel_values']) for r in rows]))
+    if rows[0]['labels'] is not None:
+        batch['labels'] = pad('labels', -100)
+    return batch
+
+
+def extract_choice(text, choices):
+    """
+    (index of the chosen option, whether it could be read): the letter after 'answer is' or 'Answer:', else a letter that ends the
+    text, else the option named last, else (0, False).
+    """
+    letters = LETTERS[:len(choices)]
+    for pattern in (rf'(?i:answer is|answer:)\W*([{letters}])\b', rf'(?:^|\s)\(?([{letters}])[).]*\s*$'):
+        if found := re.findall(pattern, text):
+            return letters.index(found[-1]), True
+    last = [max((m.end() for m in re.finditer(rf'(?<!\w){re.escape(c)}(?!\w)', text, re.I)), default=-1) for c in choices]
+    best = max(range(len(choices)), key=lambda i: (last[i], len(choices[i])))
+    return (best, True) if last[best] >= 0 else (0, False)
+
+
+class Rows(torch.utils.data.Dataset):
+    """
+    A prepared split at one stage, encoded row by row. Which row is drawn to which earlier stage depends on seed, epoch and row
+    alone, not on workers or order.
+    """
+
+    def __init__(self, rows, split, stage, tokenizer, data_dir='.', image_size=448, max_tiles=8, cache_tiles=True, max_length=2560,
+                 num_image_tokens=256, supervised=True, uniform_prob=0.0, seed=0, epoch=0, **text):
+        self.rows, self.stage, self.tokenizer, self.text = rows, stage, tokenizer, text
+        self.tiles = dict(folder=data_dir, split=split, size=image_size, max_tiles=max_tiles, cache=cache_tiles)
+        self.shape = dict(max_length=max_length, num_image_tokens=num_image_tokens, supervised=supervised)
+        self.uniform_prob, self.seed, self.epoch = uniform_prob, seed, epoch
+
+    def __len__(self):
+        return len(self.rows)
+
+    def stage_of(self, i):
+        draw = random.Random(f'{self.seed} {self.epoch} {self.rows[i].get("question_id", i)}')
+        mixed = self.stage > 0 and draw.random() < self.uniform_prob  # stage 0 never holds a thought
+        return draw.randrange(self.stage) if mixed else self.stage
+
+    def __getitem__(self, i):
+        return encode(self.rows[i], self.tokenizer, self.stage_of(i), load_tiles(self.rows[i], **self.tiles), **self.shape, **self.text)
+
+    def fits(self, i):
+        """Whether row i fits max_length. A token has a byte at least, so few rows need be tokenized to know."""
+        row, most = self.rows[i], self.shape['max_length']
+        tiles = count_tiles(*row['image_size'], self.tiles['size'], max_tiles=self.tiles['max_tiles']) if row.get('image') else 0
+        prompt, thoughts, target = build_text(row, self.stage, **self.text)
+        other = tiles * self.shape['num_image_tokens'] + (2 if row.get('image') else 0) + (thoughts + 2 if thoughts else 0)
+        parts = prompt.replace('<image>', ''), target or ''
+        length = lambda size: other + sum(map(size, parts)) + 1  # and the end token
+        return length(lambda t: len(t.encode())) <= most or length(lambda t: len(self.tokenizer.encode(t))) <= most
+
+
+# --- images -----------------------------------------------------------------------------------------------------------
+TILING_VERSION = 1  # part of the cache's hash: raise it when tile_image gives other pixels
+
+
+def load_image(file):
+    """RGB image from a path or bytes, upright, 16-bit greys scaled to 8. ValueError in one sentence where it is none."""
+    name = file if isinstance(file, str) else 'image'
+    if isinstance(file, str) and not os.path.isfile(file):
+        raise FileNotFoundError(f'no image file {file}')
+    try:
+        image = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith('I') or image.mode == 'F':  # convert('RGB') would clip these at 255
+            grey = np.asarray(image, dtype=np.float64)
+            image = Image.fromarray((grey / max(grey.max(), 65535 if image.mode != 'F' else 255) * 255).clip(0, 255).astype(np.uint8))
+        return image.convert('RGB')
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises on broken files
+        raise ValueError(f'{name} cannot be read as an image: {error}') from None
+
+
+def tile_grid(width, height, size=448, min_tiles=1, max_tiles=8):
+    """(columns, rows) of tiles for an image: the grid of the nearest aspect ratio; on a tie the larger one, if it is filled half."""
+    grids = sorted(((i, j) for i in range(1, max_tiles + 1) for j in range(1, max_tiles + 1) if min_tiles <= i * j <= max_tiles),
+                   key=lambda g: g[0] * g[1])
+    best, least = (1, 1), float('inf')
+    for i, j in grids:
+        difference = abs(width / height - i / j)
+        if difference < least or (difference == least and width * height > 0.5 * size * size * i * j):
+            best, least = (i, j), difference
+    return best
+
+
+def count_tiles(width, height, size=448, min_tiles=1, max_tiles=8, thumbnail=True):
+    i, j = tile_grid(width, height, size, min_tiles, max_tiles)
+    return i * j + (thumbnail and i * j > 1)
+
+
+def tile_image(image, size=448, min_tiles=1, max_tiles=8, thumbnail=True):
+    """PIL image to uint8 [P, 3, size, size]: the grid's tiles row by row and, if there are several, a thumbnail last."""
+    i, j = tile_grid(*image.size, size, min_tiles, max_tiles)
+    image = image.convert('RGB')
+    whole = image.resize((size * i, size * j), Image.Resampling.BICUBIC)
+    tiles = [whole.crop((x * size, y * size, (x + 1) * size, (y + 1) * size)) for y in range(j) for x in range(i)]
+    if thumbnail and len(tiles) > 1:
+        tiles.append(image.resize((size, size), Image.Resampling.BICUBIC))
+    return torch.from_numpy(np.stack([np.asarray(tile) for tile in tiles])).permute(0, 3, 1, 2).contiguous()
+
+
+def load_tiles(row, folder, split, size=448, max_tiles=8, cache=True):
+    """A prepared row's tiles, from the cache or from its image (and then into the cache); None for a row without an image."""
+    if not row.get('image'):
+        return None
+    key = repr((size, 1, max_tiles, True, TILING_VERSION, row['image_hash']))
+    stem = os.path.splitext(os.path.basename(row['image']))[0]
+    path = os.path.join(folder, 'cache', 'tiles', split, f'{stem}_{hashlib.sha256(key.encode()).hexdigest()[:12]}.npy')
+    if cache and os.path.isfile(path):
+        return torch.from_numpy(np.load(path))
+    tiles = tile_image(load_image(os.path.join(folder, row['image'])), size, 1, max_tiles)
+    if cache:
+        with replacing(path) as part, open(part, 'wb') as f:
+            np.save(f, tiles.numpy())
+    return tiles
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def replacing(path):
+    """Gives a temporary name to write to; renames it to path when all is written, removes it when not."""
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+    part = f'{path}.{os.getpid()}.part'
+    try:
+        yield part
+        os.replace(part, path)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise OSError(f'the disk is full: {path} was not written, what was there before is untouched; free some space') from None
+        raise
+    finally:
+        if os.path.exists(part):
+            os.remove(part)
+
+
+def read_split(folder, split):
+    """The rows of a prepared split."""
+    path = os.path.join(folder, f'{split}.jsonl')
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f'no prepared data at {path}: run prepare.py with the same config first')
+    with open(path, encoding='utf-8') as f:
+        rows = [json.loads(line) for line in f]
+    if not rows:
+        raise ValueError(f'{path} holds no rows: prepare another data set')
+    return rows
+
+
+# --- rows of a data set -----------------------------------------------------------------------------------------------
+def cut_steps(rationale, spans):
+    """A rationale as steps: its sentences; a single sentence as up to `spans` nearly equal spans of words."""
+    sentences = [s.strip() for s in re.split(r'(?<=[.!?])\s+', rationale.strip()) if s.strip()]
+    if len(sentences) != 1:
+        return sentences
+    words = sentences[0].split()
+    return [' '.join(part) for part in np.array_split(words, min(spans, len(words)))]
+
+
+def build_row(raw, split, steps_from='first', max_latent_stage=4):
+    """A raw row to (prepared row, None), or to (None, the reason it is dropped)."""
+    row = dict(question_id=str(raw.get('question_id', raw.get('idx', ''))), question=raw['question'].strip())
+    if 'choices' not in raw:  # Coconut's format
+        return dict(row, steps=list(raw['steps']), answer=raw['answer'].strip()), None
+    row['choices'], right = [str(c).strip() for c in raw['choices']], raw['correct_choice_idx']
+    if len(row['choices']) != 4:
+        return None, 'without exactly four options'
+    if right is None and split == 'test':
+        return row, None
+    if right is None or not 0 <= right < 4:
+        return None, 'without a valid correct_choice_idx'
+    rationales = [r.strip() for r in raw['rationales'] or () if r and r.strip()]
+    if not rationales and split == 'train':
+        return None, 'without a rationale'
+    steps = rationales if steps_from == 'all' else cut_steps(rationales[0], max_latent_stage) if rationales else []
+    explanation = re.split(r'(?<=[.!?])\s+', rationales[0])[0] if rationales else ''
+    return dict(row, correct_choice_idx=right, steps=steps, answer=row['choices'][right], explanation=explanation), None
+
+
+def read_raw(dataset, data_dir):
+    """split -> sequence of raw rows, of a JSON file, a folder of parquet files or a hub id. Images stay bytes."""
+    if dataset.endswith('.json'):
+        splits = {'train': dataset}
+        for split, word in (('validation', 'valid'), ('test', 'test')):
+            other = os.path.join(os.path.dirname(dataset), os.path.basename(dataset).replace('train', word))
+            if other != dataset and os.path.isfile(other):
+                splits[split] = other
+        rows = {split: read_coconut(path) for split, path in splits.items()}
+        if 'validation' not in rows:
+            held = max(1, len(rows['train']) // 20)
+            print(f'no validation file beside {dataset}: the last {held} rows are held out')
+            rows['train'], rows['validation'] = rows['train'][:-held], rows['train'][-held:]
+        return rows
+    import datasets
+    datasets.disable_progress_bars()
+    if os.path.isdir(dataset):
+        found = sorted(os.path.join(top, f) for top, _, names in os.walk(dataset) for f in names if f.endswith('.parquet'))
+        files = {s: [f for f in found if s in os.path.basename(f)] for s in ('train', 'validation', 'test')}
+        files = {s: f for s, f in files.items() if f}
+        if not files:
+            raise ValueError(f'{dataset} holds no train*.parquet, validation*.parquet or test*.parquet file')
+        loaded = datasets.load_dataset('parquet', data_files=files, cache_dir=os.path.join(data_dir, 'cache', 'arrow'))
+    else:
+        try:
+            loaded = datasets.load_dataset(dataset)
+        except Exception as error:  # the hub's client raises many kinds; each means the data set cannot be had
+            raise OSError(f'the data set {dataset} could not be had ({type(error).__name__}): give a local folder of its parquet '
+                          'files with --dataset=FOLDER, or draw the built-in one with config/toy.py') from None
+    lacking = {'image', 'question', 'choices', 'correct_choice_idx', 'rationales'} - set(next(iter(loaded.values())).column_names)
+    if lacking:
+        raise ValueError(f'{dataset} lacks the columns {", ".join(sorted(lacking))} of A-OKVQA\'s schema')
+    return {split: loaded[split].cast_column('image', datasets.Image(decode=False)) for split in loaded}
+
+
+def read_coconut(path):
+    try:
+        with open(path, encoding='utf-8') as f:
+            rows = json.load(f)
+        assert isinstance(rows, list) and all({'question', 'steps', 'answer'} <= row.keys() for row in rows)
+    except FileNotFoundError:
+        raise FileNotFoundError(f'no data file {path}') from None
+    except (AssertionError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f'{path} is not a JSON list of rows with question, steps and answer {error}'.rstrip()) from None
+    return [dict(row, question_id=str(i)) for i, row in enumerate(rows)]
+
+
+def train_tokenizer(texts, folder, vocab_size=512):
+    """A byte-level BPE tokenizer with InternVL's and Coconut's special tokens, saved in transformers' format."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ['<|endoftext|>', '<|im_start|>', '<|im_end|>', *SPECIAL_TOKENS]
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token='<|im_end|>', pad_token='<|endoftext|>')
+    wrapped.save_pretrained(folder)
+
+
+def prepare_split(raw, split, folder, steps_from, max_latent_stage, image_size, max_tiles, cache_tiles):
+    """Filters, writes images, tiles and {split}.jsonl; gives the rows. Says what it dropped and why."""
+    rows, dropped, need = [], {}, 0
+    drop = lambda reason, name: dropped.setdefault(reason, []).append(name)
+    for i, fields in enumerate(tqdm(raw, desc=f'{split}: reading', disable=None)):
+        row, reason = build_row(fields, split, steps_from, max_latent_stage)
+        if row is None:
+            drop(reason, str(fields.get('question_id', i)))
+            continue
+        if fields.get('image'):
+            data = fields['image']['bytes']
+            try:
+                with Image.open(io.BytesIO(data)) as image:
+                    kind, size = image.format.lower(), image.size
+            except (OSError, ValueError) as error:
+                drop('with an unreadable image', f'{row["question_id"]} ({error})')
+                continue
+            stem = re.sub(r'\W', '_', row['question_id']) or str(i)
+            row.update(image=f'images/{split}/{stem}.{kind}', image_size=size, image_hash=hashlib.sha256(data).hexdigest()[:16])
+            need += len(data) + cache_tiles * (128 + 3 * image_size ** 2 * count_tiles(*size, image_size, max_tiles=max_tiles))
+        rows.append((i, row))
+    free = shutil.disk_usage(folder).free
+    if need:
+        print(f'{split}: images and tiles take up to {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free')
+    if need > free:
+        raise OSError(f'{split} needs {need / 1e9:.2f} GB in {folder}, {free / 1e9:.2f} GB are free: choose another --data_dir, '
+                      'or --cache_tiles=False, which tiles while training')
+    kept = []
+    for i, row in tqdm(rows, desc=f'{split}: images and tiles', disable=None):
+        if row.get('image'):
+            path, data = os.path.join(folder, row['image']), raw[i]['image']['bytes']
+            try:
+                load_image(data) if not cache_tiles else None
+                if not os.path.isfile(path) or os.path.getsize(path) != len(data) or open(path, 'rb').read() != data:
+                    with replacing(path) as part, open(part, 'wb') as f:
+                        f.write(data)
+                load_tiles(row, folder, split, image_size, max_tiles, cache_tiles)
+            except ValueError as error:
+                drop('with an unreadable image', f'{row["question_id"]} ({error})')
+                continue
+        kept.append(row)
+    for reason, names in dropped.items():
+        print(f'{split}: dropped {len(names)} rows {reason}: {", ".join(names[:3])}{", ..." if len(names) > 3 else ""}')
+    if not kept:
+        raise ValueError(f'{split} holds no usable row of {len(raw)}: see the reasons above, and give another --dataset')
+    with replacing(os.path.join(folder, f'{split}.jsonl')) as part, open(part, 'w', encoding='utf-8') as f:
+        f.writelines(json.dumps(row, ensure_ascii=False) + '\n' for row in kept)
+    print(f'{split}: {len(kept)} rows of {len(raw)}')
+    return kept
+
+
+if __name__ == '__main__':
+    globals().update(configure(globals()))
+    os.makedirs(data_dir, exist_ok=True)
+    source = dataset
+    if dataset == 'toy':
+        import toy
+        source = os.path.join(data_dir, 'drawn')
+        toy.draw(source, dict(train=train_rows, validation=val_rows, test=test_rows), seed)
+    prepared = {split: prepare_split(raw, split, data_dir, steps_from, max_latent_stage, image_size, max_tiles, cache_tiles)
+                for split, raw in read_raw(source, data_dir).items()}
+    if init_from == 'scratch':
+        train_tokenizer((text for row in prepared['train'] for text in (fill(prompt, row), '\n'.join(row['steps']), fill(answer, row))),
+                        os.path.join(data_dir, 'tokenizer'))
+    print(f'prepared {data_dir}')

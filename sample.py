@@ -1,0 +1,87 @@
+"""
+Answers questions about images with continuous thoughts.
+
+    python sample.py --ckpt out/best.pt --image cat.jpg
+    python sample.py --ckpt out-toy/best.pt --image data/toy/images/test/00000.png --question "Four doors from red?" \\
+                     --choices "blue|green|pink|white" --show_thoughts 5
+
+--image takes one file, several separated by commas, or a folder; all are answered in one batch.
+"""
+import os
+
+import torch
+
+from configurator import configure
+from model import load_checkpoint
+from prepare import LETTERS, collate, encode, extract_choice, load_image, tile_image
+
+# --- knobs ------------------------------------------------------------------------------------------------------------
+ckpt = 'out/best.pt'                      # a .pt of train.py
+image = ''                                # file, files separated by commas, or folder; empty for a question without an image
+question = 'What is shown in the image?'
+choices = ''                              # options separated by |, for a multiple-choice question
+num_thoughts = -1                         # -1 for as many as in the checkpoint's stage
+max_new_tokens = 128
+temperature = 0.0                         # 0 for greedy
+top_p = 1.0
+show_thoughts = 0                         # how many top tokens to print for each thought
+device = 'auto'                           # 'auto', 'cpu', 'cuda'
+seed = 1337
+
+
+def find_images(image):
+    """The files that --image names, in order."""
+    if os.path.isdir(image):
+        names = sorted(n for n in os.listdir(image) if n.lower().endswith(('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif')))
+        if not names:
+            raise ValueError(f'the folder {image} holds no image: give a file, or a folder of png, jpg, webp, bmp or gif files')
+        return [os.path.join(image, n) for n in names]
+    return [name.strip() for name in image.split(',')] if image else [None]
+
+
+if __name__ == '__main__':
+    globals().update(configure(globals()))
+    device = ('cuda' if torch.cuda.is_available() else 'cpu') if device == 'auto' else device
+    model, tokenizer = load_checkpoint(ckpt)
+    model.to(device)
+    config, knobs, stage = model.config, model.checkpoint['knobs'], model.checkpoint['stage']
+    torch.manual_seed(seed)
+
+    # --- rows ---------------------------------------------------------------------------------------------------------
+    options = [c.strip() for c in choices.split('|')] if choices else []
+    if options and (not 2 <= len(options) <= len(LETTERS) or not all(options)):
+        raise ValueError(f'--choices={choices!r} gives {len(options)} options: expected 2 to {len(LETTERS)}, as in "cat|dog|bird"')
+    text = {k: knobs[k] for k in ('mode', 'c_thought', 'max_latent_stage', 'prompt', 'answer', 'template', 'visual_bridge')}
+    if num_thoughts >= 0:
+        text.update(c_thought=1, max_latent_stage=num_thoughts)
+        stage = num_thoughts
+    files = find_images(image)
+    tiles = [tile_image(load_image(f), config.image_size, max_tiles=knobs['max_tiles']) if f else None for f in files]
+    rows = [encode(dict(question=question, choices=options, image=f, question_id=f or 'question'), tokenizer, stage, t,
+                   supervised=False, max_length=config.max_position_embeddings, num_image_tokens=config.num_image_tokens, **text)
+            for f, t in zip(files, tiles)]
+    batch = {k: v if v is None else v.to(device) for k, v in collate(rows).items()}
+
+    # --- answers ------------------------------------------------------------------------------------------------------
+    thoughts = []
+
+    def keep(k, thought):
+        thought = model.as_pause(k, thought) if text['mode'] == 'pause' else thought
+        thoughts.append(thought)
+        return thought
+
+    new = model.generate(**batch, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, edit_thought=keep)
+    usual = model.embed_text(torch.arange(config.vocab_size, device=device)).norm(dim=-1).mean()
+    for b, file in enumerate(files):
+        n, P = rows[b]['input_ids'].count(config.latent_token_id), 0 if tiles[b] is None else len(tiles[b])
+        print(f'\n{file or "no image"}: {P} tiles, {P * config.num_image_tokens} visual tokens, {n} thoughts, '
+              f'{int((new[b] != config.pad_token_id).sum())} tokens written')
+        for k in range(n if show_thoughts > 0 else 0):
+            p, top = model.language_model.lm_head(thoughts[k][b]).softmax(-1).topk(min(show_thoughts, config.vocab_size))
+            says = '  '.join(f'{tokenizer.decode([t])!r} {q:.2f}' for q, t in zip(p.tolist(), top.tolist()))
+            print(f'  thought {k + 1}: {says}  (norm {thoughts[k][b].norm():.2f}, an embedding has {usual:.2f})')
+        answer = tokenizer.decode(new[b], skip_special_tokens=True)
+        print(f'{question} {" | ".join(options)}\n{answer}')
+        if options:
+            choice, parsed = extract_choice(answer, options)
+            print(f'-> {LETTERS[choice]}. {options[choice]}' if parsed else '-> no option could be read from this answer')

@@ -1,0 +1,811 @@
+"""
+The tests: python -m pytest -q test_model.py (CPU, no network). Oracles: transformers' InternVL on tiny random weights, and the
+obvious path, which recomputes the whole unpadded row from scratch for each thought.
+"""
+import ast
+import copy
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, PreTrainedTokenizerFast
+from transformers import Qwen2Config, Qwen3Config
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
+import configurator
+import prepare
+import toy
+from model import Config, MultiCoCo, SPECIAL_TOKENS, add_special_tokens, load_checkpoint, load_tokenizer
+
+torch.set_num_threads(1)
+HERE = os.path.dirname(os.path.abspath(__file__))
+IMG, LATENT, EOS, PAD = 90, 91, 95, 0  # token ids of the tiny models
+N = 4                                  # visual tokens of a 56-pixel tile
+
+
+def tiny_config(**changes):
+    return Config(**{**dict(
+        vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, vision_hidden_size=24, vision_intermediate_size=40, vision_num_layers=2, vision_num_heads=3, image_size=56,
+        image_token_id=IMG, latent_token_id=LATENT, eos_token_ids=(EOS,), pad_token_id=PAD), **changes})
+
+
+def tiny_model(seed=0, **changes):
+    torch.manual_seed(seed)
+    return MultiCoCo(tiny_config(**changes)).eval()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# stand-ins: a tokenizer of single bytes, a tiny InternVL of transformers, its files in both layouts
+
+def tiny_tokenizer(extra=()):
+    """Bytes and InternVL's special tokens, without the three that load_tokenizer adds."""
+    vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.add_special_tokens(['<|endoftext|>', '<|im_start|>', '<|im_end|>', '<img>', '</img>', '<IMG_CONTEXT>', *extra])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token='<|im_end|>', pad_token='<|endoftext|>')
+
+
+def tiny_oracle(llm='qwen2', spare=0, seed=0, tokenizer=None):
+    """transformers' InternVL with random weights of real scale."""
+    tokenizer = tokenizer or tiny_tokenizer()
+    text = dict(vocab_size=262 + spare, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+                num_key_value_heads=2, head_dim=16 if llm == 'qwen3' else 8, max_position_embeddings=512, rms_norm_eps=1e-6,
+                rope_parameters={'rope_type': 'default', 'rope_theta': 1e6}, tie_word_embeddings=False)
+    vision = InternVLVisionConfig(hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3, attention_bias=True,
+                                  image_size=[56, 56], patch_size=[14, 14])
+    config = InternVLConfig(vision_config=vision, text_config={'qwen2': Qwen2Config, 'qwen3': Qwen3Config}[llm](**text),
+                            image_token_id=tokenizer.convert_tokens_to_ids('<IMG_CONTEXT>'), tie_word_embeddings=False)
+    torch.manual_seed(seed)
+    oracle = InternVLForConditionalGeneration(config).eval()
+    for p in oracle.parameters():
+        torch.nn.init.normal_(p, std=0.2 if p.dim() > 1 else 0.3)
+    return oracle
+
+
+def to_opengvlab(folder):
+    """Rewrites a saved -hf folder in OpenGVLab's layout: names, fused qkv, config."""
+    from safetensors.torch import load_file, save_file
+    weights, out = load_file(f'{folder}/model.safetensors'), {}
+    pairs = [('vision_tower.embeddings.cls_token', 'vision_model.embeddings.class_embedding'),
+             ('vision_tower.embeddings.position_embeddings', 'vision_model.embeddings.position_embedding'),
+             ('vision_tower.embeddings.patch_embeddings.projection', 'vision_model.embeddings.patch_embedding'),
+             ('vision_tower.encoder.layer.', 'vision_model.encoder.layers.'), ('lambda_', 'ls'), ('layernorm_before', 'norm1'),
+             ('layernorm_after', 'norm2'), ('attention.projection_layer', 'attn.proj'), ('multi_modal_projector.layer_norm', 'mlp1.0'),
+             ('multi_modal_projector.linear_1', 'mlp1.1'), ('multi_modal_projector.linear_2', 'mlp1.3')]
+    for name, tensor in weights.items():
+        for a, b in pairs:
+            name = name.replace(a, b)
+        if 'attention.k_proj' in name or 'attention.v_proj' in name:
+            continue
+        if 'attention.q_proj' in name:
+            hf = name.replace('vision_model.encoder.layers.', 'vision_tower.encoder.layer.')
+            tensor = torch.cat([weights[hf.replace('q_proj', f'{x}_proj')] for x in 'qkv'])
+            name = name.replace('attention.q_proj', 'attn.qkv')
+        out[name] = tensor.contiguous()
+    save_file(out, f'{folder}/model.safetensors', metadata={'format': 'pt'})
+    c = json.load(open(f'{folder}/config.json'))
+    llm = dict(c['text_config'], rope_theta=1e6, rope_scaling={'rope_type': 'dynamic', 'factor': 2.0})
+    llm.pop('rope_parameters', None)
+    v = c['vision_config']
+    vision = dict(hidden_size=v['hidden_size'], intermediate_size=v['intermediate_size'], num_hidden_layers=v['num_hidden_layers'],
+                  num_attention_heads=v['num_attention_heads'], patch_size=14, image_size=56, qkv_bias=True, qk_normalization=False)
+    json.dump(dict(model_type='internvl_chat', downsample_ratio=0.5, ps_version='v2', select_layer=-1, force_image_size=56,
+                   llm_config=llm, vision_config=vision), open(f'{folder}/config.json', 'w'))
+
+
+def save_tiny(folder, llm='qwen2', layout='hf', spare=0, extra=(), shard_size='5GB', dtype=torch.float32):
+    """A tiny checkpoint folder; gives the oracle."""
+    tokenizer = tiny_tokenizer(extra)
+    oracle = tiny_oracle(llm, spare, tokenizer=tokenizer).to(dtype)
+    oracle.save_pretrained(folder, max_shard_size=shard_size)
+    tokenizer.save_pretrained(folder)
+    if layout == 'opengvlab':
+        to_opengvlab(folder)
+    return oracle.float()
+
+
+@pytest.fixture(scope='module')
+def loaded(tmp_path_factory):
+    """(transformers' model, ours from its files, our tokenizer)."""
+    folder = str(tmp_path_factory.mktemp('tiny'))
+    oracle = save_tiny(folder)
+    return oracle, MultiCoCo.from_pretrained(folder), load_tokenizer(folder)
+
+
+def make_batch(config, tiles, thoughts=None, seed=0, length=12, start=5):
+    """
+    A padded batch: row b has tiles[b] tiles and, for each run in thoughts[b], that many thoughts and then two tokens. Gives forward's
+    arguments with labels behind the prompt.
+    """
+    g = torch.Generator().manual_seed(seed)
+    thoughts = thoughts or [()] * len(tiles)
+    rows, per_tile = [], config.num_image_tokens
+    for b, (P, runs) in enumerate(zip(tiles, thoughts)):
+        text = torch.randint(start, 80, (length + 2 * b,), generator=g).tolist()
+        ids = text[:3] + [config.image_token_id] * (P * per_tile) + text[3:]
+        prompt = len(ids)
+        for run in runs:
+            ids += [config.latent_token_id] * run + torch.randint(start, 80, (2,), generator=g).tolist()
+        ids += torch.randint(start, 80, (4,), generator=g).tolist()
+        labels = [-100] * prompt + [-100 if i == config.latent_token_id else i for i in ids[prompt:]]
+        rows.append(dict(input_ids=ids, labels=labels, pixel_values=torch.randint(
+            0, 256, (P, 3, config.image_size, config.image_size), dtype=torch.uint8, generator=g) if P else None))
+    return prepare.collate(rows)
+
+
+def one_row(batch, b):
+    """Row b of a batch without its padding."""
+    n, ends = int(batch['attention_mask'][b].sum()), batch['num_tiles'].cumsum(0).tolist()
+    tiles = batch['pixel_values'][ends[b] - int(batch['num_tiles'][b]):ends[b]]
+    return dict(input_ids=batch['input_ids'][b:b + 1, :n], labels=batch['labels'][b:b + 1, :n],
+                pixel_values=tiles if len(tiles) else None, num_tiles=batch['num_tiles'][b:b + 1])
+
+
+def without_labels(batch):
+    return {k: v for k, v in batch.items() if k != 'labels'}
+
+
+def normalised(tiles):
+    from torchvision.transforms.functional import normalize
+    from model import IMAGE_MEAN, IMAGE_STD
+    return normalize(tiles.float() / 255, IMAGE_MEAN, IMAGE_STD)
+
+
+def obvious(model, row, run=None):
+    """
+    Logits [1, T, V] and thoughts of one unpadded row: for each thought in order, the whole row so far from scratch. `run` gives hidden
+    states [1, t, D] of embeddings [1, t, D]; by default one pass of our decoder over a row without chunks.
+    """
+    from model import GrowingCache
+    def ours(x):
+        return model.decode(x, torch.arange(x.shape[1])[None], None, GrowingCache(model.config.num_hidden_layers))
+    run, ids = run or ours, row['input_ids']
+    x = model.embed_text(ids)
+    if row['pixel_values'] is not None:
+        visual = model.embed_image(row['pixel_values']).flatten(0, 1)
+        parts = iter(visual)
+        x = torch.stack([next(parts) if i == model.config.image_token_id else e for i, e in zip(ids[0], x[0])])[None]
+    thoughts = []
+    for p in (ids[0] == model.config.latent_token_id).nonzero()[:, 0].tolist():
+        thoughts.append(run(x[:, :p])[:, -1:])
+        x = torch.cat((x[:, :p], thoughts[-1], x[:, p + 1:]), 1)
+    return model.language_model.lm_head(run(x)), thoughts
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+THOUGHTS = [(), (1,), (3,), (2, 1, 2)]  # none, one, three in a row, separated runs
+TILES = [0, 1, 3, 1]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# parity with transformers
+
+@pytest.mark.parametrize('llm', ('qwen2', 'qwen3'))
+@pytest.mark.parametrize('layout', ('hf', 'opengvlab'))
+def test_logits_equal_transformers(tmp_path, llm, layout):
+    oracle = save_tiny(tmp_path, llm, layout)
+    model = MultiCoCo.from_pretrained(str(tmp_path))
+    batch = make_batch(model.config, TILES)
+    ours = model(**without_labels(batch)).logits
+    theirs = oracle(input_ids=batch['input_ids'], attention_mask=batch['attention_mask'],
+                    pixel_values=normalised(batch['pixel_values'])).logits
+    real = batch['attention_mask'].bool()
+    assert relative(ours[real][:, :262], theirs[real]) < 1e-5
+    assert (ours[real][:, :262] - theirs[real]).abs().max() < 1e-4 * theirs[real].abs().max()
+
+
+def test_greedy_ids_equal_transformers(loaded):
+    oracle, model, _ = loaded
+    batch = make_batch(model.config, TILES, seed=3)
+    with torch.no_grad():  # keep the tokens transformers does not know from winning
+        model.language_model.lm_head.weight[262:] = 0
+    for b in range(len(TILES)):
+        row = one_row(batch, b)
+        pixels = {} if row['pixel_values'] is None else dict(pixel_values=normalised(row['pixel_values']))
+        theirs = oracle.generate(input_ids=row['input_ids'], attention_mask=torch.ones_like(row['input_ids']), **pixels, max_new_tokens=16,
+                                 do_sample=False, eos_token_id=list(model.config.eos_token_ids), pad_token_id=model.config.pad_token_id)
+        theirs = theirs[:, row['input_ids'].shape[1]:]
+        ours = model.generate(**without_labels(batch), max_new_tokens=16)[b:b + 1, :theirs.shape[1]]
+        assert ours.tolist() == theirs.tolist(), f'row {b}'
+
+
+@pytest.mark.parametrize('llm', ('qwen2', 'qwen3'))
+def test_thoughts_equal_the_obvious_path_over_transformers(tmp_path, llm):
+    """The strongest oracle: our latent loop against transformers' decoder, called anew on the whole row for every thought."""
+    oracle = save_tiny(tmp_path, llm)
+    model = MultiCoCo.from_pretrained(str(tmp_path))
+    batch = make_batch(model.config, TILES, THOUGHTS)
+    out = model(**without_labels(batch))
+    run = lambda x: oracle.model.language_model(inputs_embeds=x).last_hidden_state
+    for b in range(len(TILES)):
+        logits, thoughts = obvious(model, one_row(batch, b), run)
+        assert relative(out.logits[b, :logits.shape[1]], logits[0]) < 1e-5
+        for k, thought in enumerate(thoughts):
+            assert relative(out.thoughts[b, k], thought[0, 0]) < 1e-5
+        assert not out.thoughts[b, len(thoughts):].any()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the latent loop against the obvious path
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def assert_same_gradients(a, b, tolerance=1e-4):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert b[name].norm() > 0 or name.endswith('k_proj.bias') or 'blocks' in name, f'{name} has no gradient'
+        assert (a[name] - b[name]).norm() <= tolerance * b[name].norm() + 1e-7, f'{name} {relative(a[name], b[name])}'
+
+
+@pytest.mark.parametrize('thoughts', (THOUGHTS, [(8,)] * 4, [()] * 4), ids=('mixed', 'aligned', 'none'))
+def test_loop_equals_obvious_path(thoughts):
+    """Logits, loss and every parameter's gradient; rows with other numbers of tiles and thoughts in one batch."""
+    model = tiny_model()
+    batch = make_batch(model.config, TILES, thoughts)
+    logits = model(**without_labels(batch)).logits
+    total = count = 0
+    for b in range(len(TILES)):
+        row = one_row(batch, b)
+        slow, _ = obvious(model, row)
+        assert relative(logits[b, :slow.shape[1]], slow[0]) < 1e-5
+        total = total + F.cross_entropy(slow[0, :-1], row['labels'][0, 1:], reduction='sum')
+        count += int((row['labels'][0, 1:] != -100).sum())
+    loss = model(**batch).loss
+    assert abs(loss - total / count) < 1e-5
+    assert_same_gradients(gradients(model, loss), gradients(model, total / count))
+
+
+def test_a_row_alone_equals_the_row_in_a_batch():
+    model = tiny_model()
+    batch = make_batch(model.config, TILES, THOUGHTS)
+    together = model(**without_labels(batch)).logits
+    for b in range(len(TILES)):
+        alone = model(**without_labels(one_row(batch, b))).logits
+        assert relative(together[b, :alone.shape[1]], alone[0]) < 1e-6
+
+
+def test_gradient_reaches_the_first_thought():
+    """Public implementations detach thoughts and do not notice. It must equal the obvious path's, too."""
+    model = tiny_model()
+    row = one_row(make_batch(model.config, [1], [(4,)]), 0)
+    seen = {}
+    loss = model(**row, edit_thought=lambda k, t: seen.setdefault(k, t)).loss
+    assert sorted(seen) == [1, 2, 3, 4]
+    fast = torch.autograd.grad(loss, seen[1])[0]
+    logits, thoughts = obvious(model, row)
+    slow = torch.autograd.grad(F.cross_entropy(logits[0, :-1], row['labels'][0, 1:]), thoughts[0])[0]
+    assert fast.norm() > 1e-4
+    assert relative(fast, slow[0]) < 1e-4
+
+
+def test_activation_checkpointing_changes_no_gradient():
+    model = tiny_model()
+    batch = make_batch(model.config, TILES, THOUGHTS)
+    plain = gradients(model, model(**batch).loss)
+    model.set_activation_checkpointing()
+    assert_same_gradients(gradients(model, model(**batch).loss), plain, 1e-6)
+
+
+def test_edit_thought_is_what_is_fed_back():
+    model = tiny_model()
+    batch = without_labels(make_batch(model.config, TILES, THOUGHTS))
+    clean, zeroed = model(**batch), model(**batch, edit_thought=lambda k, t: t * 0)
+    assert not zeroed.thoughts.any() and clean.thoughts.any()
+    assert relative(clean.logits[0], zeroed.logits[0]) == 0     # row 0 has no thoughts
+    assert relative(clean.logits[2], zeroed.logits[2]) > 1e-3
+    pause = model(**batch, edit_thought=model.as_pause)
+    x = dict(batch, input_ids=torch.where(batch['input_ids'] == LATENT, 99, batch['input_ids']))
+    with torch.no_grad():  # a plain token with the same embedding
+        model.language_model.model.embed_tokens.weight[99] = model.language_model.model.embed_tokens.weight[LATENT]
+    plain = model(**x)
+    assert plain.thoughts.shape[1] == 0
+    real = batch['attention_mask'].bool()
+    assert relative(pause.logits[real], plain.logits[real]) < 1e-5
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# generation
+
+def slow_generate(model, row, steps):
+    """Greedy ids without a cache: forward on the whole row for every token."""
+    ids = row['input_ids']
+    for _ in range(steps):
+        new = model(ids, row['pixel_values']).logits[:, -1].argmax(-1)
+        ids = torch.cat((ids, new[:, None]), 1)
+        if new.item() in model.config.eos_token_ids:
+            break
+    return ids[0, row['input_ids'].shape[1]:].tolist()
+
+
+@pytest.mark.parametrize('boost', (None, LATENT, EOS))
+def test_cached_generation_equals_uncached(boost):
+    """Also when rows end at different lengths and when the model writes <|latent|> itself."""
+    ended = latents = 0
+    for seed in range(3):
+        model = tiny_model(seed)
+        with torch.no_grad():
+            model.language_model.lm_head.weight[IMG] = 0  # forward would ask for its tile
+            if boost is not None:
+                model.language_model.lm_head.weight[boost] *= 3
+        batch = make_batch(model.config, TILES, THOUGHTS, seed=seed)
+        for b, ids in enumerate(model.generate(**without_labels(batch), max_new_tokens=16).tolist()):
+            slow = slow_generate(model, one_row(batch, b), 16)
+            assert ids[:len(slow)] == slow and set(ids[len(slow):]) <= {PAD}
+            ended, latents = ended + (slow[-1] == EOS), latents + slow.count(LATENT)
+    assert boost != LATENT or latents > 5
+    assert boost != EOS or 0 < ended < 12
+
+
+def test_sampling():
+    model = tiny_model()
+    batch = without_labels(make_batch(model.config, TILES))
+    draw = lambda seed, **k: model.generate(**batch, max_new_tokens=8, generator=torch.Generator().manual_seed(seed), **k).tolist()
+    greedy = model.generate(**batch, max_new_tokens=8).tolist()
+    assert draw(0, temperature=1.0) == draw(0, temperature=1.0) != draw(1, temperature=1.0)
+    assert draw(0, temperature=1.0, top_p=1e-6) == greedy
+    for bad in (dict(temperature=-1), dict(top_p=0), dict(max_new_tokens=0)):
+        with pytest.raises(ValueError, match='expected temperature'):
+            model.generate(**batch, **bad)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# fusion
+
+def test_uint8_tiles_equal_float_tiles():
+    model = tiny_model()
+    batch = without_labels(make_batch(model.config, TILES, THOUGHTS))
+    floats = dict(batch, pixel_values=normalised(batch['pixel_values']))
+    real = batch['attention_mask'].bool()
+    assert relative(model(**batch).logits[real], model(**floats).logits[real]) < 1e-6
+
+
+def test_flagged_tiles_are_dropped():
+    model = tiny_model()
+    batch = without_labels(make_batch(model.config, [0, 1, 3]))
+    expected = model(**batch).logits
+    dummy = torch.randint(0, 256, (1, 3, 56, 56), dtype=torch.uint8)
+    padded = dict(batch, pixel_values=torch.cat((dummy, batch['pixel_values'])), image_flags=torch.tensor([0, 1, 1, 1, 1]))
+    assert torch.equal(model(**padded).logits, expected)
+    assert torch.equal(model(**dict(padded, num_tiles=torch.tensor([1, 1, 3]))).logits, expected)  # counted with the dummy
+    with pytest.raises(ValueError, match='image_flags has 2 entries for 5 tiles'):
+        model(**dict(padded, image_flags=torch.tensor([0, 1])))
+
+
+@pytest.mark.parametrize('with_counts', (True, False))
+def test_a_mismatch_names_the_row_and_both_numbers(with_counts):
+    model = tiny_model()
+    batch = without_labels(make_batch(model.config, [1, 2, 1]))
+    if not with_counts:
+        batch['num_tiles'] = None
+    short = dict(batch, input_ids=batch['input_ids'].clone())
+    short['input_ids'][1, 3] = 7  # one visual token less in row 1
+    with pytest.raises(ValueError, match=r'row 1 holds 7 <IMG_CONTEXT>.* (8|4) visual'):
+        model(**short)
+    with pytest.raises(ValueError, match=r'row 2 ends 4 tiles .* holds 3 tiles'):
+        model(**dict(batch, pixel_values=batch['pixel_values'][:3]))
+    with pytest.raises(ValueError, match=r'row 2 ends 4 tiles .* holds 8 tiles'):
+        model(**dict(batch, pixel_values=batch['pixel_values'].repeat(2, 1, 1, 1)))
+    with pytest.raises(ValueError, match=r'row 0 ends 1 tiles .* holds 0 tiles'):
+        model(**dict(batch, pixel_values=None))
+
+
+def test_forward_refuses_what_does_not_hold_together():
+    model = tiny_model()
+    ids = torch.tensor([[5, 6, 7], [5, 6, 7]])
+    with pytest.raises(ValueError, match='row 1 .* pad on the right'):
+        model(ids, attention_mask=torch.tensor([[1, 1, 0], [0, 1, 1]]))
+    with pytest.raises(ValueError, match='row 1 starts with'):
+        model(torch.tensor([[5, 6], [LATENT, 6]]))
+    with pytest.raises(ValueError, match='takes \\[3, 56, 56\\]'):
+        model(torch.tensor([[5, IMG, IMG, IMG, IMG, 7]]), torch.zeros(1, 3, 28, 28))
+    with pytest.raises(ValueError, match='supervise no token'):
+        model(ids, labels=torch.full_like(ids, -100))
+    with pytest.raises(ValueError, match='4 tokens, the model takes 3'):
+        tiny_model(max_position_embeddings=3)(torch.tensor([[5, 6, 7, 8]]))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# checkpoints and tokens
+
+def test_tokens_are_added_once(tmp_path):
+    save_tiny(tmp_path, extra=['<video>'])  # as the -hf tokenizers: a token without a row in the embedding
+    tokenizer = load_tokenizer(str(tmp_path))
+    size = len(tokenizer)
+    assert size == 262 + 1 + 3
+    assert len(add_special_tokens(tokenizer)) == size
+    tokenizer.save_pretrained(tmp_path / 'again')
+    again = load_tokenizer(str(tmp_path / 'again'))
+    assert len(again) == size
+    for token in SPECIAL_TOKENS:
+        assert again.convert_tokens_to_ids(token) == tokenizer.convert_tokens_to_ids(token) < size
+    text = f'a{"".join(SPECIAL_TOKENS)} b'
+    assert again.encode(text) == tokenizer.encode(text) and len(again.encode(text)) == 3 + len(SPECIAL_TOKENS)
+    assert again.decode(again.encode(text), skip_special_tokens=True) == 'a b'
+
+
+@pytest.mark.parametrize('spare', (0, 10))
+def test_new_rows_are_the_mean(tmp_path, spare):
+    """Whether the matrices have to grow or already hold spare rows, as InternVL3.5's do; embedding and head are untied."""
+    oracle = save_tiny(tmp_path, spare=spare)
+    model, tokenizer = MultiCoCo.from_pretrained(str(tmp_path)), load_tokenizer(str(tmp_path))
+    new = tokenizer.convert_tokens_to_ids(['<|start-latent|>', '<|latent|>', '<|end-latent|>'])
+    assert new == [262, 263, 264] and model.config.vocab_size == max(262 + spare, 265)
+    for ours, theirs in ((model.language_model.model.embed_tokens, oracle.model.language_model.embed_tokens),
+                         (model.language_model.lm_head, oracle.lm_head)):
+        assert torch.equal(ours.weight[:262], theirs.weight[:262])
+        assert torch.allclose(ours.weight[new], theirs.weight[:262].mean(0), atol=1e-6)
+
+
+def test_sharded_bfloat16(tmp_path):
+    save_tiny(tmp_path / 'one', dtype=torch.bfloat16)
+    save_tiny(tmp_path / 'many', dtype=torch.bfloat16, shard_size='20KB')
+    assert len([f for f in os.listdir(tmp_path / 'many') if f.endswith('.safetensors')]) > 2
+    one, many = (MultiCoCo.from_pretrained(str(tmp_path / n), dtype=torch.bfloat16).state_dict() for n in ('one', 'many'))
+    assert all(torch.equal(one[k], many[k]) and one[k].dtype == torch.bfloat16 for k in one) and one.keys() == many.keys()
+
+
+def edit_files(folder, weights=None, config=None):
+    from safetensors.torch import load_file, save_file
+    if weights:
+        tensors = load_file(f'{folder}/model.safetensors')
+        weights(tensors)
+        save_file(tensors, f'{folder}/model.safetensors', metadata={'format': 'pt'})
+    if config:
+        c = json.load(open(f'{folder}/config.json'))
+        config(c)
+        json.dump(c, open(f'{folder}/config.json', 'w'))
+
+
+@pytest.mark.parametrize('message, weights, config', (
+    ('language_model.model.norm.weight is missing', lambda w: w.pop('language_model.model.norm.weight'), None),
+    ('extra.weight is not known', lambda w: w.update({'extra.weight': torch.zeros(1)}), None),
+    (r'mlp1.1.bias is \[31\], expected \[32\]', lambda w: w.update({'multi_modal_projector.linear_1.bias': torch.zeros(31)}), None),
+    ('only q, v is there', lambda w: w.pop('vision_tower.encoder.layer.1.attention.k_proj.weight'), None),
+    (r'embed_tokens is \[262, 32\], but config.json describes \[\[300, 32\]\]', None, lambda c: c['text_config'].update(vocab_size=300)),
+    ('its decoder is internlm2', None, lambda c: c['text_config'].update(model_type='internlm2')),
+    ('InternViT-6B', None, lambda c: c['vision_config'].update(use_qk_norm=True))))
+def test_import_is_total(tmp_path, message, weights, config):
+    save_tiny(tmp_path)
+    edit_files(tmp_path, weights, config)
+    with pytest.raises(ValueError, match=message):
+        MultiCoCo.from_pretrained(str(tmp_path))
+
+
+def test_a_wrong_llm_config_beside_a_right_text_config(tmp_path):
+    save_tiny(tmp_path)
+    edit_files(tmp_path, config=lambda c: c.update(llm_config=dict(c['text_config'], vocab_size=7)))
+    assert MultiCoCo.from_pretrained(str(tmp_path)).config.vocab_size == 265
+
+
+def test_incomplete_checkpoints(tmp_path, monkeypatch):
+    for name in ('a', 'b', 'c'):
+        save_tiny(tmp_path / name, shard_size='20KB' if name == 'c' else '5GB')
+    os.remove(tmp_path / 'a' / 'config.json')
+    os.rename(tmp_path / 'b' / 'model.safetensors', tmp_path / 'b' / 'pytorch_model.bin')
+    os.remove(sorted((tmp_path / 'c').glob('*.safetensors'))[1])
+    for name, message in (('a', 'no config.json'), ('b', 'only safetensors'), ('c', 'lacks model-00002'), ('d', 'neither a folder nor a hub id')):
+        with pytest.raises(OSError, match=message):
+            MultiCoCo.from_pretrained(str(tmp_path / name))
+    monkeypatch.setattr('model.snapshot_download', lambda *a, **k: (_ for _ in ()).throw(OSError('no route')))
+    with pytest.raises(OSError, match='could not be reached .* local folder .* config/toy.py'):
+        MultiCoCo.from_pretrained('some/model')
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# text
+
+ROW = dict(question_id='q1', question='What flies?', choices=['cat', 'kite', 'dog', 'car'], correct_choice_idx=1, answer='kite',
+           steps=['It is windy.', 'I see a string.', 'It is in the sky.'], explanation='It is windy.', image='x.png')
+
+
+def test_text_of_each_stage():
+    prompt = '<image>\nQuestion: What flies?\n\nChoices:\nA. cat\nB. kite\nC. dog\nD. car\n\nLet me think step by step:\n'
+    end = 'The answer is B. kite'
+    assert prepare.build_text(ROW, 0) == (prompt, 0, 'It is windy.\nI see a string.\nIt is in the sky.\n' + end)
+    assert prepare.build_text(ROW, 2) == (prompt, 4, 'It is in the sky.\n' + end)
+    assert prepare.build_text(ROW, 4) == (prompt, 8, end)
+    assert prepare.build_text(ROW, 4, pad_latent_to_max=False) == (prompt, 6, end)
+    assert prepare.build_text(ROW, 3, max_latent_stage=2, c_thought=1) == (prompt, 2, end)  # the stage that drops the rest
+    assert prepare.build_text(ROW, 2, mode='cot') == prepare.build_text(ROW, 0)
+    assert prepare.build_text(ROW, 2, mode='no_cot') == (prompt, 0, end)
+    assert prepare.build_text(ROW, 2, mode='no_thoughts') == (prompt, 0, 'It is in the sky.\n' + end)
+    assert prepare.build_text(ROW, 2, mode='pause') == prepare.build_text(ROW, 2)
+    assert prepare.build_text(ROW, 0, answer='{choice} {letter}: {explanation}')[2].endswith('kite B: It is windy.')
+    with pytest.raises(ValueError, match='{lettre}.*it may use'):
+        prepare.build_text(ROW, 0, answer='{lettre}')
+    with pytest.raises(ValueError, match="mode='coco'"):
+        prepare.build_text(ROW, 0, mode='coco')
+
+
+def test_text_only_rows():
+    row = dict(question='Is Tom a dog?', steps=['Tom is a cat.'], answer='No.')
+    assert prepare.build_text(row, 0) == ('Question: Is Tom a dog?\n\nLet me think step by step:\n', 0, 'Tom is a cat.\nNo.')
+    assert prepare.build_text(row, 1, prompt='{question}\n', answer='### {answer}', c_thought=1) == ('Is Tom a dog?\n', 1, '### No.')
+
+
+def test_visual_bridge():
+    bridge = lambda stage: prepare.build_text(ROW, stage, visual_bridge=True)
+    assert bridge(0)[2].startswith('Looking at the image, It is windy.') and 'Analyzing' not in bridge(0)[0]
+    assert bridge(1)[0].endswith(':\nAnalyzing the visual information:\n') and bridge(1)[2].startswith('I see a string.')
+    assert bridge(2)[2].startswith('From what I can see, It is in the sky.')
+    assert bridge(3)[2] == 'The answer is B. kite'
+
+
+def test_chatml():
+    prompt, _, target = prepare.build_text(ROW, 0, template='chatml')
+    assert prompt.startswith('<|im_start|>system\n你是') and prompt.endswith('step by step:<|im_end|>\n<|im_start|>assistant\n')
+    assert '<|im_start|>user\n<image>\nQuestion' in prompt and target.endswith('B. kite')
+
+
+def test_encode_supervises_only_what_follows(loaded):
+    _, model, tokenizer = loaded
+    tiles, N = torch.zeros(2, 3, 56, 56, dtype=torch.uint8), 4
+    encode = lambda stage, **k: prepare.encode(ROW, tokenizer, stage, tiles, num_image_tokens=N, **k)
+    ids = {t: tokenizer.convert_tokens_to_ids(t) for t in SPECIAL_TOKENS}
+    for stage in range(4):
+        row = encode(stage)
+        first = next(i for i, label in enumerate(row['labels']) if label != -100)
+        assert row['labels'][first:] == row['input_ids'][first:] and row['labels'][-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(row['labels'][first:-1]) == prepare.build_text(ROW, stage)[2]
+        before = encode(stage, supervised=False)
+        assert before['input_ids'] == row['input_ids'][:first] and before['labels'] is None  # evaluation sends the same
+        assert before['input_ids'].count(ids['<IMG_CONTEXT>']) == 2 * N
+        markers = [ids['<|start-latent|>'], *[ids['<|latent|>']] * 2 * stage, ids['<|end-latent|>']]
+        assert before['input_ids'][-len(markers):] == markers if stage else not set(markers) & set(row['input_ids'])
+    with pytest.raises(ValueError, match=r'row q1 needs \d+ tokens \(8 visual, 2 thoughts\), max_length is 20'):
+        encode(1, max_length=20)
+    with pytest.raises(ValueError, match='row q1 holds 9 <IMG_CONTEXT> tokens, but its 2 tiles give 8'):
+        prepare.encode(dict(ROW, question='<IMG_CONTEXT>?'), tokenizer, 0, tiles, num_image_tokens=N)
+    with pytest.raises(ValueError, match='row q1 holds 0 <IMG_CONTEXT> tokens, but its 2 tiles give 8'):
+        prepare.encode(ROW, tokenizer, 0, tiles, num_image_tokens=N, prompt='{question}')
+    with pytest.raises(ValueError, match='row q1 has no answer'):
+        prepare.encode({k: v for k, v in ROW.items() if k != 'answer'}, tokenizer, 0, tiles, num_image_tokens=N)
+
+
+def test_stage_0_holds_no_thought_and_mixing_depends_on_the_row_alone(loaded):
+    tokenizer = loaded[2]
+    rows = [dict(ROW, image=None, question_id=str(i)) for i in range(200)]
+    latent = tokenizer.convert_tokens_to_ids('<|latent|>')
+    for uniform_prob in (0.0, 0.5, 1.0):
+        assert all(latent not in r['input_ids'] for r in prepare.Rows(rows, 'train', 0, tokenizer, uniform_prob=uniform_prob))
+    split = prepare.Rows(rows, 'train', 3, tokenizer, uniform_prob=0.4, seed=1, epoch=2)
+    stages = [split.stage_of(i) for i in range(200)]
+    assert 100 < stages.count(3) < 140 and set(stages) == {0, 1, 2, 3}
+    assert prepare.Rows(rows[::-1], 'train', 3, tokenizer, uniform_prob=0.4, seed=1, epoch=2).stage_of(0) == stages[-1]
+    assert [r['input_ids'].count(latent) for r in split] == [2 * s for s in stages]
+
+
+def test_rows_that_cannot_fit_are_known_without_their_tiles(loaded):
+    tokenizer = loaded[2]
+    tiles = torch.zeros(7, 3, 56, 56, dtype=torch.uint8)
+    row = dict(ROW, image_size=(640, 480))
+    for stage in (0, 2):
+        need = len(prepare.encode(row, tokenizer, stage, tiles, num_image_tokens=4)['input_ids'])
+        for most, fits in ((need, True), (need - 1, False)):
+            rows = prepare.Rows([row], 'train', stage, tokenizer, image_size=56, max_length=most, num_image_tokens=4)
+            assert rows.fits(0) is fits
+
+
+@pytest.mark.parametrize('text, expected', (
+    ('It is windy.\nThe answer is B. kite', (1, True)), ('Answer: (C)', (2, True)), ('**Answer:** D', (3, True)), ('blue\nkite B', (1, True)),
+    ('B', (1, True)), ('(C).', (2, True)), ('a Kite, surely', (1, True)), ('not a dog but a kite', (1, True)), ('The answer is kite', (1, True)),
+    ('The answer is A. cat\nNo, the answer is D. car', (3, True)), ('A person walks', (0, False)), ('carpet', (0, False)), ('', (0, False))))
+def test_choice_extraction(text, expected):
+    assert prepare.extract_choice(text, ROW['choices']) == expected
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# images
+
+@pytest.mark.parametrize('max_tiles', (1, 8, 12))
+def test_tiles_equal_transformers(max_tiles):
+    """Bit for bit against the PIL processor, over sizes of photographs and of no photograph."""
+    processor = GotOcr2ImageProcessorPil(size=dict(height=56, width=56), crop_to_patches=True, min_patches=1, max_patches=max_tiles)
+    rng = np.random.default_rng(0)
+    sizes = [(640, 480), (480, 640), (500, 375), (640, 427), (612, 612), (640, 360), (640, 512), (1, 1), (1, 5000), (5000, 7), (56, 56), (79, 80)]
+    for w, h in sizes + [tuple(rng.integers(1, 400, 2).tolist()) for _ in range(20)]:
+        image = Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8))
+        theirs = processor(image, return_tensors='np', do_rescale=False, do_normalize=False)['pixel_values']
+        ours = prepare.tile_image(image, 56, 1, max_tiles)
+        assert ours.shape == theirs.shape and (ours.numpy() == theirs).all(), (w, h)
+        assert len(ours) == prepare.count_tiles(w, h, 56, max_tiles=max_tiles)
+
+
+def test_tile_counts_of_internvl():
+    for (w, h), at_8, at_12 in (((640, 480), 7, 13), ((640, 427), 7, 7), ((612, 612), 1, 1), ((640, 640), 5, 5), ((640, 512), 1, 13)):
+        assert (prepare.count_tiles(w, h), prepare.count_tiles(w, h, max_tiles=12)) == (at_8, at_12)
+
+
+def test_images_of_all_kinds(tmp_path):
+    rng = np.random.default_rng(0)
+    grey = np.linspace(0, 255, 64 * 64).reshape(64, 64)
+    rgb = Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    Image.fromarray((grey * 257).astype(np.uint16)).save(tmp_path / 'deep.png')  # 16 bits
+    rgb.quantize(16).save(tmp_path / 'palette.png')
+    rgb.convert('CMYK').save(tmp_path / 'cmyk.jpg')
+    rgb.resize((1, 1)).save(tmp_path / 'dot.png')
+    rgb.resize((1, 5000)).save(tmp_path / 'line.png')
+    for name in ('deep.png', 'palette.png', 'cmyk.jpg', 'dot.png', 'line.png'):
+        image = prepare.load_image(str(tmp_path / name))
+        assert image.mode == 'RGB' and prepare.tile_image(image, 56).shape[1:] == (3, 56, 56)
+    assert np.abs(np.asarray(prepare.load_image(str(tmp_path / 'deep.png')))[..., 0] - grey).max() <= 1  # not clipped to white
+    turned = Image.new('RGB', (8, 4))
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / 'turned.jpg', exif=exif)
+    assert prepare.load_image(str(tmp_path / 'turned.jpg')).size == (4, 8)
+    rgb.save(tmp_path / 'cut.png')
+    data = (tmp_path / 'cut.png').read_bytes()
+    (tmp_path / 'cut.png').write_bytes(data[:len(data) // 2])
+    (tmp_path / 'text.png').write_text('no image')
+    for name, message in (('cut.png', 'cannot be read as an image'), ('text.png', 'cannot be read as an image')):
+        with pytest.raises(ValueError, match=message):
+            prepare.load_image(str(tmp_path / name))
+    with pytest.raises(FileNotFoundError, match='no image file'):
+        prepare.load_image(str(tmp_path / 'none.png'))
+
+
+def test_the_tile_cache(tmp_path, monkeypatch):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(tmp_path / 'a.png')
+    row = dict(image='a.png', image_hash='0')
+    load = lambda **k: prepare.load_tiles(row, str(tmp_path), 'train', **{**dict(size=28), **k})
+    cached = lambda: sorted((tmp_path / 'cache' / 'tiles' / 'train').glob('*')) if (tmp_path / 'cache').exists() else []
+    plain = load(cache=False)
+    assert not cached()
+    assert torch.equal(load(), plain) and len(cached()) == 1
+    monkeypatch.setattr(prepare, 'tile_image', lambda *a: pytest.fail('tiled again'))
+    assert torch.equal(load(), plain)
+    monkeypatch.undo()
+    assert len(load(max_tiles=1)) == 1 and len(cached()) == 2       # other parameters, another file
+    row['image_hash'] = '1'
+    load()                                                          # another picture under the same name
+    assert len(cached()) == 3 and not [f for f in cached() if f.suffix != '.npy']
+
+
+def test_files_are_whole_or_not_there(tmp_path):
+    path = str(tmp_path / 'file')
+    with prepare.replacing(path) as part, open(part, 'w') as f:
+        f.write('old')
+    for error, message in ((OSError(28, 'No space left on device'), 'disk is full'), (KeyboardInterrupt(), '')):
+        with pytest.raises(type(error), match=message):
+            with prepare.replacing(path) as part, open(part, 'w') as f:
+                f.write('half')
+                raise error
+        assert open(path).read() == 'old' and os.listdir(tmp_path) == ['file']
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# data sets
+
+def test_colour_chain_is_what_it_says():
+    """The picture alone gives the answer, and the map cannot be inverted."""
+    invertible = 0
+    for seed in range(50):
+        image, row = toy.draw_chain(np.random.default_rng(seed))
+        by_rgb = {rgb: name for name, rgb in toy.COLOURS.items()}
+        cells = image.reshape(3, 28, 3, 28, 3).swapaxes(1, 2).reshape(9, 28, 28, 3)
+        leads_to = {by_rgb[tuple(c[3, 3])]: by_rgb[tuple(c[14, 14])] for c in cells if tuple(c[3, 3]) in by_rgb}
+        here = start = row['question'].split(' from ')[1].rstrip('?')
+        assert len(leads_to) == 8
+        for step in row['rationales']:
+            here = leads_to[here]
+            assert step.split()[0] == here
+        assert here == row['choices'][row['correct_choice_idx']]
+        assert len({start, *(s.split()[0] for s in row['rationales'])}) == 5 and start not in row['choices'] and len(set(row['choices'])) == 4
+        invertible += len(set(leads_to.values())) == 8
+    assert invertible == 0
+
+
+RAW = dict(question_id='a', question='Q? ', choices=list('wxyz'), correct_choice_idx=2, rationales=['One two. Three!', 'b'])
+
+
+def test_rows_of_aokvqa():
+    build = lambda split='train', steps_from='first', **k: prepare.build_row(dict(RAW, **k), split, steps_from, 4)
+    row, _ = build()
+    assert (row['question'], row['steps'], row['answer'], row['explanation']) == ('Q?', ['One two.', 'Three!'], 'y', 'One two.')
+    assert build(steps_from='all')[0]['steps'] == ['One two. Three!', 'b']
+    assert build(rationales=['one two three four five six'])[0]['steps'] == ['one two', 'three four', 'five', 'six']
+    assert build(rationales=['one two'])[0]['steps'] == ['one', 'two']
+    assert build(choices=list('vwxyz'))[1] == build(choices=list('xyz'))[1] == 'without exactly four options'
+    assert build(correct_choice_idx=4)[1] == build(correct_choice_idx=None)[1] == 'without a valid correct_choice_idx'
+    assert build(rationales=[])[1] == 'without a rationale' and build('validation', rationales=[])[0]['steps'] == []
+    test_row, _ = build('test', correct_choice_idx=None, rationales=None)
+    assert 'answer' not in test_row and 'steps' not in test_row
+
+
+def parquet(folder, split, rows):
+    from datasets import Dataset, Features, Image as ImageFeature, List, Value
+    os.makedirs(folder, exist_ok=True)
+    features = Features(image=ImageFeature(), question_id=Value('string'), question=Value('string'), choices=List(Value('string')),
+                        correct_choice_idx=Value('int8'), rationales=List(Value('string')))
+    Dataset.from_list(rows, features=features).to_parquet(f'{folder}/{split}-00000-of-00001.parquet')
+
+
+def script(*args, cwd=HERE, fails=False):
+    """Runs one of the scripts as a user would; gives what it printed."""
+    done = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert (done.returncode != 0) == fails, done.stdout[-2000:] + done.stderr[-3000:]
+    if fails:
+        assert done.returncode == 1 and 'Traceback' not in done.stderr, done.stderr
+        return done.stderr.strip().splitlines()[-1]
+    return done.stdout
+
+
+def test_prepare_drops_counts_and_names(tmp_path):
+    png = io.BytesIO()
+    Image.new('RGB', (80, 60), 'red').save(png, 'PNG')
+    good, cut = (dict(bytes=b, path=None) for b in (png.getvalue(), png.getvalue()[:len(png.getvalue()) // 2 + 20]))
+    rows = [dict(RAW, question_id=f'good{i}', image=good) for i in range(4)]
+    rows += [dict(RAW, question_id='five', image=good, choices=list('vwxyz')), dict(RAW, question_id='cut', image=cut),
+             dict(RAW, question_id='range', image=good, correct_choice_idx=7), dict(RAW, question_id='text', image=dict(bytes=b'no', path=None))]
+    parquet(tmp_path / 'in', 'train', rows)
+    parquet(tmp_path / 'in', 'validation', rows[:2])
+    args = ['prepare.py', '--dataset', tmp_path / 'in', '--data_dir', tmp_path / 'out', '--image_size=28', '--max_tiles=4', '--init_from=scratch']
+    said = script(*args)
+    assert 'dropped 1 rows without exactly four options: five' in said and 'dropped 1 rows without a valid correct_choice_idx: range' in said
+    assert 'dropped 2 rows with an unreadable image: text' in said and 'cut (' in said and 'train: 4 rows of 8' in said
+    kept = prepare.read_split(str(tmp_path / 'out'), 'train')
+    assert [r['question_id'] for r in kept] == [f'good{i}' for i in range(4)]
+    files = {f: f.stat().st_mtime_ns for f in (tmp_path / 'out').rglob('*.npy')}
+    assert len(files) == 6
+    script(*args)  # again: nothing is tiled anew
+    assert files == {f: f.stat().st_mtime_ns for f in (tmp_path / 'out').rglob('*.npy')}
+    parquet(tmp_path / 'empty', 'train', rows[4:])
+    assert 'train holds no usable row of 4' in script('prepare.py', '--dataset', tmp_path / 'empty', '--data_dir', tmp_path / 'o2', fails=True)
+    assert 'holds no train' in script('prepare.py', '--dataset', tmp_path / 'out', '--data_dir', tmp_path / 'o2', fails=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# configurator
+
+def test_configurator(tmp_path):
+    defaults = dict(n=1, rate=0.5, name='x', on=False)
+    config = tmp_path / 'c.py'
+    config.write_text('import os\n_hidden = 1\nn = 2\nrate = 1\nother = 3\n')
+    parse = lambda *argv: configurator.parse(defaults, argv, elsewhere={'other'})[0]
+    assert parse('--n=3', str(config), '--name', 'a=b', '--on=True') == dict(n=3, rate=1.0, name='a=b', on=True)
+    assert parse('--rate', '-2') == dict(defaults, rate=-2.0) and parse('--name=123')['name'] == '123' and defaults['n'] == 1
+    for argv, message in ((['--m=1'], 'unknown knob m'), (['--nam=1'], 'did you mean name'), (['--n=1.5'], 'expected int, as in --n=1'),
+                          (['--on=yes'], 'expected True or False'), (['--n'], 'write --n=VALUE'), (['--name', '--n=1'], 'write --name=VALUE'),
+                          (['none.py'], 'no config file none.py'), (['--other=1'], 'belongs to another script')):
+        with pytest.raises(ValueError, match=message):
+            parse(*argv)
+    for text, message in (('m = 1', 'c.py: unknown knob m'), ('n = "1"', "n = '1' is str, expected int"), ('n = True', 'is bool'), ('n = ', 'SyntaxError')):
+        config.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            parse(str(config))
+
+
+def test_a_knob_means_the_same_in_every_script():
+    seen = {}
+    for name in ('prepare.py', 'train.py', 'sample.py'):
+        tree = ast.parse(open(os.path.join(HERE, name)).read())
+        knobs = set(configurator.knob_names(os.path.join(HERE, name)))
+        for node in tree.body:
+            if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', None) in knobs:
+                seen.setdefault(node.targets[0].id, set()).add(ast.unparse(node.value))
+    differ = {k: v for k, v in seen.items() if len(v) > 1 and k not in ('seed',)}
+    assert not differ, differ
+    known = set(seen)
+    for file in os.listdir(os.path.join(HERE, 'config')):
+        if file.endswith('.py'):
+            names = set(configurator.knob_names(os.path.join(HERE, 'config', file)))
+            assert names <= known, f'config/{file}: {names - known}'
