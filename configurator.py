@@ -32,18 +32,17 @@ def knob_names(script):
 def parse(defaults, argv, elsewhere=()):
     """(knob -> default, arguments, names of other scripts' knobs) -> (knob -> value, knob -> where it was set). Pure."""
     values, sources, files, flags = dict(defaults), {}, [], []
-    args = list(argv)
-    while args:
-        arg = args.pop(0)
+    while argv:
+        arg, *argv = argv
         if not arg.startswith('--'):
             files.append(arg)
             continue
         key, given, text = arg[2:].partition('=')
         key = key.replace('-', '_')
         if not given:
-            if not args or re.match(r'-(?![\d.])', args[0]):
+            if not argv or re.match(r'-(?![\d.])', argv[0]):
                 raise ValueError(f'{arg} has no value: write --{key}=VALUE')
-            text = args.pop(0)
+            text, *argv = argv
         flags.append((key, text))
     for file in files:
         if not os.path.isfile(file):
@@ -87,23 +86,23 @@ def configure(module, argv=None):
     scripts = [os.path.join(HERE, name) for name in ('prepare.py', 'train.py', 'sample.py', 'bench.py')]
     elsewhere = {name for script in scripts if os.path.isfile(script) for name in knob_names(script)}
     defaults = {k: module[k] for k in knob_names(module['__file__']) if isinstance(module.get(k), (bool, int, float, str))}
-    values, sources = parse(defaults, [a for a in argv if a not in ('-h', '--help')], elsewhere)
-    if len(argv) != len([a for a in argv if a not in ('-h', '--help')]):
+    helping = [a for a in argv if a in ('-h', '--help')]
+    values, sources = parse(defaults, [a for a in argv if a not in helping], elsewhere)
+    if helping:
         print((module.get('__doc__') or '').strip() + '\n')
     for key, value in values.items():
         print(f'{key:>24} = {value!r}' + (f'   <- {sources[key]}' if key in sources else ''))
-    if '-h' in argv or '--help' in argv:
+    if helping:
         raise SystemExit(0)
     return values
 
 
 def one_sentence(kind, error, trace):
     """For sys.excepthook: what our own code raises on purpose is one sentence; anything else keeps its traceback."""
-    script = os.path.basename(sys.argv[0])
+    script, raised_in = os.path.basename(sys.argv[0]), traceback.extract_tb(trace)[-1].filename if trace else ''
     if kind is KeyboardInterrupt:
-        print(f'\n{script}: stopped by Ctrl-C', file=sys.stderr)
+        print(f'\n{script}: stopped by Ctrl-C; what was saved is whole', file=sys.stderr)
         os._exit(130)  # not past the data workers, which would each add a traceback
-    raised_in = traceback.extract_tb(trace)[-1].filename if trace else ''
     if issubclass(kind, (ValueError, OSError)) and os.path.dirname(os.path.abspath(raised_in)) == HERE:
         print(f'{script}: {error}', file=sys.stderr)
     else:

@@ -74,15 +74,16 @@ def add_special_tokens(tokenizer):
 # decoder: Qwen2 (q/k/v with bias) or Qwen3 (RMS norm on each head's queries and keys)
 
 def rotary(position, head_dim, theta):
-    """cos and sin, float32 [B, 1, T, head_dim], of integer positions [B, T]."""
+    """RoPE's cos and sin, float32 [B, 1, T, head_dim], of integer positions [B, T]; sin is negative in the first half."""
     frequency = theta ** -(torch.arange(0, head_dim, 2, device=position.device, dtype=torch.float32) / head_dim)
-    angle = position[:, None, :, None].float() * torch.cat((frequency, frequency))
-    return angle.cos(), angle.sin()
+    angle = position[:, None, :, None].float() * frequency
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def rotate(x, cos, sin):
-    a, b = x.chunk(2, -1)
-    return x * cos.to(x.dtype) + torch.cat((-b, a), -1) * sin.to(x.dtype)
+    """(a, b) to (a cos - b sin, b cos + a sin) over the two halves of the last dimension."""
+    return torch.addcmul(x * cos.to(x.dtype), x.roll(x.shape[-1] // 2, -1), sin.to(x.dtype))
 
 
 class Attention(nn.Module):
@@ -102,7 +103,7 @@ class Attention(nn.Module):
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         keys, values = extend(k, v)  # [B, K, all so far, head_dim]
         y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         return self.o_proj(rearrange(y, 'b h t d -> b t (h d)')), k, v
@@ -306,37 +307,36 @@ class MultiCoCo(nn.Module):
         of tokens that `load_tokenizer` adds are the mean of the rows that were there. Raises OSError or ValueError in one sentence.
         """
         folder = fetch(name_or_path)
-        files = weight_files(folder)
-        shapes = {name: file.get_slice(name).get_shape() for file in files for name in file.keys()}
+        files, shapes = weight_files(folder)
         tokenizer = read_tokenizer(folder)
         known = set(tokenizer.get_vocab().values())
-        add_special_tokens(tokenizer)
         with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f:
-            config = read_config(json.load(f), shapes, tokenizer, name_or_path)
+            config = read_config(json.load(f), shapes, add_special_tokens(tokenizer), name_or_path)
         with torch.device('meta'):
             model = cls(config)
-        weights, parts = {}, {}
-        for file in files:
-            for name in file.keys():
-                ours, third = rename(name)
-                tensor = file.get_tensor(name).to(dtype, copy=True)  # a copy: the mapped file's pages can go
-                if third is None:
-                    weights[ours] = tensor
-                else:
-                    parts.setdefault(ours, {})[third] = tensor
-        for ours, thirds in parts.items():
-            if len(thirds) < 3:
-                raise ValueError(f'{name_or_path}: of {ours} only {", ".join(sorted(thirds))} is there, expected q, k and v')
-            weights[ours] = torch.cat([thirds[third] for third in 'qkv'])
-        for ours in ('language_model.model.embed_tokens.weight', 'language_model.lm_head.weight'):
-            if ours in weights:
-                weights[ours] = with_mean_rows(weights[ours], known, config.vocab_size)
+        weights, thirds = {}, {}
+        for name, path in files.items():
+            ours, third = rename(name)
+            with safe_open(path, 'pt') as file:  # opened for each tensor: closing lets go of the pages that were read
+                tensor = file.get_tensor(name)
+                if ours in ('language_model.model.embed_tokens.weight', 'language_model.lm_head.weight'):
+                    tensor = with_mean_rows(tensor, known, config.vocab_size)
+                tensor = tensor.to(dtype, copy=True)
+            if third is None:
+                weights[ours] = tensor
+            elif len(parts := thirds.setdefault(ours, {}) | {third: tensor}) < 3:
+                thirds[ours] = parts
+            else:
+                thirds.pop(ours)
+                weights[ours] = torch.cat([parts[x] for x in 'qkv'])
+        for ours, parts in thirds.items():
+            raise ValueError(f'{name_or_path}: of {ours} only {", ".join(sorted(parts))} is there, expected q, k and v')
         if config.tie_word_embeddings:
             weights['language_model.lm_head.weight'] = weights['language_model.model.embed_tokens.weight']
         load_weights(model, weights, name_or_path, assign=True)
         model.language_model.tie()
         print(f'{name_or_path}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters from {len(shapes)} tensors in '
-              f'{len(files)} file(s), all used, none missing; {config.vocab_size - shapes_of_embedding(shapes)[0]} rows added')
+              f'{len(set(files.values()))} file(s), all used, none missing; {config.vocab_size - embedding_shape(shapes)[0]} rows added')
         return model.eval()
 
     @torch.no_grad()
@@ -377,7 +377,7 @@ class MultiCoCo(nn.Module):
                              f'prepare them with image_size={c.image_size}')
         if pixel_values.dtype == torch.uint8:
             mean, std = (torch.tensor(v, device=pixel_values.device)[:, None, None] for v in (IMAGE_MEAN, IMAGE_STD))
-            pixel_values = (pixel_values.float() / 255 - mean) / std
+            pixel_values = pixel_values.float().div_(255).sub_(mean).div_(std)
         x = self.vision_model.forward_features(pixel_values.to(self.vision_model.pos_embed.dtype))  # [P, 1 + h*p*w*q, C]
         p = round(1 / c.downsample_ratio)
         shuffled = 'b (h w) (p q c)' if c.ps_version == 'v2' else 'b (w h) (p q c)'
@@ -542,25 +542,28 @@ def fetch(name_or_path):
 
 
 def weight_files(folder):
-    """The open safetensors files of a checkpoint folder."""
+    """Tensor name -> its safetensors file, and tensor name -> shape, of a checkpoint folder."""
     index, single = os.path.join(folder, 'model.safetensors.index.json'), os.path.join(folder, 'model.safetensors')
     if not os.path.isfile(os.path.join(folder, 'config.json')):
         raise FileNotFoundError(f'{folder} holds no config.json: give the folder of a whole InternVL checkpoint')
+    paths = [single]
     if os.path.isfile(index):
         with open(index, encoding='utf-8') as f:
             paths = [os.path.join(folder, name) for name in sorted(set(json.load(f)['weight_map'].values()))]
-    elif os.path.isfile(single):
-        paths = [single]
-    else:
+    elif not os.path.isfile(single):
         raise FileNotFoundError(f'{folder} holds no model.safetensors and no model.safetensors.index.json: only safetensors are '
                                 'read, so convert .bin files first')
+    files, shapes = {}, {}
     for path in paths:
         if not os.path.isfile(path):
             raise FileNotFoundError(f'{folder} lacks {os.path.basename(path)}, which its index names: download it again')
-    try:
-        return [safe_open(path, 'pt') for path in paths]
-    except SafetensorError as error:
-        raise ValueError(f'a safetensors file of {folder} is damaged ({error}): download it again') from None
+        try:
+            with safe_open(path, 'pt') as file:
+                files.update((name, path) for name in file.keys())
+                shapes.update((name, file.get_slice(name).get_shape()) for name in file.keys())
+        except SafetensorError as error:
+            raise ValueError(f'{path} is damaged ({error}): download it again') from None
+    return files, shapes
 
 
 # file name -> our name. Rows without a right side are the same on both sides; a name that fits no row is an error.
@@ -596,7 +599,7 @@ def rename(name):
     return name, None  # load_weights reports it as not known
 
 
-def shapes_of_embedding(shapes):
+def embedding_shape(shapes):
     if 'language_model.model.embed_tokens.weight' not in shapes:
         raise ValueError('the checkpoint has no language_model.model.embed_tokens.weight: it is not InternVL with a Qwen decoder')
     return shapes['language_model.model.embed_tokens.weight']
@@ -604,16 +607,18 @@ def shapes_of_embedding(shapes):
 
 def with_mean_rows(matrix, known, rows):
     """Embedding or head [V, D] with `rows` rows; those of ids that no token had before are the mean of those that one had."""
-    old = torch.tensor(sorted(i for i in known if i < len(matrix)))
-    new = torch.tensor(sorted(set(range(rows)) - set(old.tolist())))
-    grown = matrix if rows <= len(matrix) else torch.cat((matrix, matrix.new_empty(rows - len(matrix), matrix.shape[1])))
-    grown[new] = matrix[old].float().mean(0).to(matrix.dtype)
+    had = torch.zeros(rows, dtype=torch.bool)
+    had[[i for i in known if i < len(matrix)]] = True
+    total = sum(part[here].float().sum(0) for part, here in zip(matrix.split(8192), had[:len(matrix)].split(8192)))  # little memory
+    grown = matrix.new_empty(max(rows, len(matrix)), matrix.shape[1])
+    grown[:len(matrix)] = matrix
+    grown[~had] = (total / had.sum()).to(matrix.dtype)
     return grown
 
 
 def read_config(c, shapes, tokenizer, source):
     """A checkpoint's config.json to our Config. Some copies carry a wrong llm_config beside a right text_config."""
-    embedding = shapes_of_embedding(shapes)
+    embedding = embedding_shape(shapes)
     candidates = [c[key] for key in ('llm_config', 'text_config') if c.get(key)]
     fit = [t for t in candidates if [t.get('vocab_size'), t.get('hidden_size')] == embedding]
     if not fit:

@@ -26,7 +26,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from configurator import configure
-from model import END_IMG, END_LATENT, IMG, IMG_CONTEXT, LATENT, SPECIAL_TOKENS, START_LATENT
+from model import END_IMG, END_LATENT, IMG, IMG_CONTEXT, LATENT, SPECIAL_TOKENS, START_LATENT, fetch
 
 # --- knobs of the command ---------------------------------------------------------------------------------------------
 dataset = 'HuggingFaceM4/A-OKVQA'  # hub id, folder of parquet files, JSON file in Coconut's format, or 'toy' to draw one
@@ -435,6 +435,8 @@ def prepare_split(raw, split, folder, steps_from, max_latent_stage, image_size, 
 
 if __name__ == '__main__':
     globals().update(configure(globals()))
+    if init_from != 'scratch' and not init_from.endswith('.pt'):
+        fetch(init_from)  # into the hub's cache now, so that training needs no network
     os.makedirs(data_dir, exist_ok=True)
     source = dataset
     if dataset == 'toy':

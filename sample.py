@@ -8,6 +8,8 @@ Answers questions about images with continuous thoughts.
 --image takes one file, several separated by commas, or a folder; all are answered in one batch.
 """
 import os
+import resource
+import time
 
 import torch
 
@@ -16,9 +18,9 @@ from model import load_checkpoint
 from prepare import LETTERS, collate, encode, extract_choice, load_image, tile_image
 
 # --- knobs ------------------------------------------------------------------------------------------------------------
-ckpt = 'out/best.pt'                      # a .pt of train.py
+ckpt = 'out/best.pt'                      # a .pt of train.py, or a folder or hub id of InternVL
 image = ''                                # file, files separated by commas, or folder; empty for a question without an image
-question = 'What is shown in the image?'
+question = 'Describe the image.'
 choices = ''                              # options separated by |, for a multiple-choice question
 num_thoughts = -1                         # -1 for as many as in the checkpoint's stage
 max_new_tokens = 128
@@ -27,6 +29,10 @@ top_p = 1.0
 show_thoughts = 0                         # how many top tokens to print for each thought
 device = 'auto'                           # 'auto', 'cpu', 'cuda'
 seed = 1337
+
+UNTRAINED = dict(mode='coconut', c_thought=1, max_latent_stage=0, max_tiles=12, answer='',
+                 prompt="<image>\n{question}\n\n{choices}\nAnswer with the option's letter.",
+                 template='chatml', visual_bridge=False)  # how a checkpoint that was not trained here is asked
 
 
 def find_images(image):
@@ -44,7 +50,7 @@ if __name__ == '__main__':
     device = ('cuda' if torch.cuda.is_available() else 'cpu') if device == 'auto' else device
     model, tokenizer = load_checkpoint(ckpt)
     model.to(device)
-    config, knobs, stage = model.config, model.checkpoint['knobs'], model.checkpoint['stage']
+    config, knobs, stage = model.config, model.checkpoint.get('knobs', UNTRAINED), model.checkpoint.get('stage', 0)
     torch.manual_seed(seed)
 
     # --- rows ---------------------------------------------------------------------------------------------------------
@@ -70,7 +76,9 @@ if __name__ == '__main__':
         thoughts.append(thought)
         return thought
 
+    began = time.time()
     new = model.generate(**batch, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, edit_thought=keep)
+    seconds = time.time() - began
     usual = model.embed_text(torch.arange(config.vocab_size, device=device)).norm(dim=-1).mean()
     for b, file in enumerate(files):
         n, P = rows[b]['input_ids'].count(config.latent_token_id), 0 if tiles[b] is None else len(tiles[b])
@@ -85,3 +93,5 @@ if __name__ == '__main__':
         if options:
             choice, parsed = extract_choice(answer, options)
             print(f'-> {LETTERS[choice]}. {options[choice]}' if parsed else '-> no option could be read from this answer')
+    peak = torch.cuda.max_memory_allocated() if device == 'cuda' else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(f'\n{len(files)} answers in {seconds:.1f} s on {device}, peak memory {peak / 1e9:.2f} GB')

@@ -3,13 +3,15 @@ The tests: python -m pytest -q test_model.py (CPU, no network). Oracles: transfo
 obvious path, which recomputes the whole unpadded row from scratch for each thought.
 """
 import ast
-import copy
+import contextlib
 import io
 import json
-import math
 import os
+import runpy
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -24,7 +26,8 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 import configurator
 import prepare
 import toy
-from model import Config, MultiCoCo, SPECIAL_TOKENS, add_special_tokens, load_checkpoint, load_tokenizer
+import train
+from model import Config, GrowingCache, IMAGE_MEAN, IMAGE_STD, MultiCoCo, SPECIAL_TOKENS, add_special_tokens, load_checkpoint, load_tokenizer
 
 torch.set_num_threads(1)
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -158,7 +161,6 @@ def without_labels(batch):
 
 def normalised(tiles):
     from torchvision.transforms.functional import normalize
-    from model import IMAGE_MEAN, IMAGE_STD
     return normalize(tiles.float() / 255, IMAGE_MEAN, IMAGE_STD)
 
 
@@ -167,7 +169,6 @@ def obvious(model, row, run=None):
     Logits [1, T, V] and thoughts of one unpadded row: for each thought in order, the whole row so far from scratch. `run` gives hidden
     states [1, t, D] of embeddings [1, t, D]; by default one pass of our decoder over a row without chunks.
     """
-    from model import GrowingCache
     def ours(x):
         return model.decode(x, torch.arange(x.shape[1])[None], None, GrowingCache(model.config.num_hidden_layers))
     run, ids = run or ours, row['input_ids']
@@ -302,6 +303,19 @@ def test_activation_checkpointing_changes_no_gradient():
     plain = gradients(model, model(**batch).loss)
     model.set_activation_checkpointing()
     assert_same_gradients(gradients(model, model(**batch).loss), plain, 1e-6)
+
+
+def test_micro_batches_give_the_gradient_of_the_batch():
+    """Weighted by supervised tokens; rows differ in tiles, thoughts and targets, and some parts hold no image."""
+    model = tiny_model()
+    batch = make_batch(model.config, TILES + [0], THOUGHTS + [(1,)])
+    batch['labels'][1, -6:] = -100  # unequal numbers of targets
+    whole = gradients(model, model(**batch).loss)
+    count = lambda b: (b['labels'][:, 1:] != -100).sum()
+    for rows in (1, 2, 3):
+        parts = train.micro_batches(dict(batch), rows)
+        assert len(parts) == -(-5 // rows) and len(parts[-1]['pixel_values']) == (rows == 3)
+        assert_same_gradients(gradients(model, sum(model(**p).loss * count(p) / count(batch) for p in parts)), whole, 1e-5)
 
 
 def test_edit_thought_is_what_is_fed_back():
@@ -739,14 +753,26 @@ def parquet(folder, split, rows):
     Dataset.from_list(rows, features=features).to_parquet(f'{folder}/{split}-00000-of-00001.parquet')
 
 
-def script(*args, cwd=HERE, fails=False):
-    """Runs one of the scripts as a user would; gives what it printed."""
-    done = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=300)
-    assert (done.returncode != 0) == fails, done.stdout[-2000:] + done.stderr[-3000:]
+def script(*args, fails=False):
+    """Runs one of the scripts as a user would, but in this process, which saves the imports; gives what it printed."""
+    out, err, code, argv, hook = io.StringIO(), io.StringIO(), 0, sys.argv, sys.excepthook
+    sys.argv = list(map(str, args))
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                runpy.run_path(os.path.join(HERE, args[0]), run_name='__main__')
+            except SystemExit as end:
+                code = end.code
+            except Exception as error:
+                code = 1
+                sys.excepthook(type(error), error, error.__traceback__)
+    finally:
+        sys.argv, sys.excepthook = argv, hook
+    assert bool(code) == fails, out.getvalue()[-2000:] + err.getvalue()[-3000:]
     if fails:
-        assert done.returncode == 1 and 'Traceback' not in done.stderr, done.stderr
-        return done.stderr.strip().splitlines()[-1]
-    return done.stdout
+        assert code == 1 and 'Traceback' not in err.getvalue(), err.getvalue()
+        return err.getvalue().strip().splitlines()[-1]
+    return out.getvalue()
 
 
 def test_prepare_drops_counts_and_names(tmp_path):
@@ -809,3 +835,169 @@ def test_a_knob_means_the_same_in_every_script():
         if file.endswith('.py'):
             names = set(configurator.knob_names(os.path.join(HERE, 'config', file)))
             assert names <= known, f'config/{file}: {names - known}'
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the commands, as a user runs them
+
+TOY = ['config/toy.py', '--log_interval=1', '--num_workers=0', '--batch_size=16', '--eval_batch_size=16', '--epochs_stage0=1',
+       '--epochs_per_stage=1', '--max_latent_stage=1', '--warmup_steps=2']
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    """A prepared toy data set and one short run over two stages."""
+    top = tmp_path_factory.mktemp('run')
+    script('prepare.py', 'config/toy.py', f'--data_dir={top}/data', '--train_rows=48', '--val_rows=17', '--test_rows=17')
+    said = script('train.py', *TOY, f'--data_dir={top}/data', f'--out_dir={top}/out')
+    return top, said
+
+
+def weights_of(path):
+    return torch.load(path, weights_only=True)['model']
+
+
+def test_a_run_leaves_what_it_promises(run):
+    top, said = run
+    assert 'test clean' in said and 'with the thoughts of another image' in said
+    out = top / 'out'
+    assert {'best.pt', 'last.pt', 'epoch_1.pt', 'epoch_2.pt', 'metrics.jsonl', 'metrics_epoch_2.json', 'curves.png', 'predictions_test.json'} <= set(os.listdir(out))
+    events = [json.loads(line) for line in open(out / 'metrics.jsonl')]
+    assert [e['event'] for e in events] == (['train'] * 3 + ['eval']) * 2 + ['final', 'final', 'swapped']
+    assert [e['step'] for e in events if e['event'] == 'train'] == [1, 2, 3, 4, 5, 6]
+    for e in events:
+        assert {'event', 'step', 'stage', 'epoch', 'time'} <= e.keys()
+        if e['event'] == 'eval':
+            assert {'accuracy', 'loss', 'tokens_per_answer', 'thoughts_per_answer', 'unparsed', 'examples'} <= e.keys()
+            assert e['thoughts_per_answer'] == 2 * e['stage'] and e['examples'] == 17
+    predictions, rows = json.load(open(out / 'predictions_test.json')), prepare.read_split(str(top / 'data'), 'test')
+    assert all(predictions[r['question_id']]['multiple_choice'] in r['choices'] for r in rows) and len(predictions) == len(rows)
+    right = sum(predictions[r['question_id']]['multiple_choice'] == r['choices'][r['correct_choice_idx']] for r in rows)  # official metric
+    assert right / len(rows) == events[-2]['accuracy']
+    best = torch.load(out / 'best.pt', weights_only=True)
+    assert {'model', 'config', 'tokenizer', 'knobs', 'stage', 'epoch', 'step', 'accuracy'} <= best.keys()
+    assert best['stage'] == 1  # the furthest stage, whatever stage 0 scored
+
+
+def test_a_checkpoint_reloads_bit_for_bit(run):
+    top, _ = run
+    model, tokenizer = load_checkpoint(str(top / 'out' / 'last.pt'))
+    saved = weights_of(top / 'out' / 'last.pt')
+    assert all(torch.equal(saved[k], v) for k, v in model.state_dict().items())
+    assert all(tokenizer.convert_tokens_to_ids(t) < model.config.vocab_size for t in SPECIAL_TOKENS)
+    assert tokenizer.encode('Four doors') == load_tokenizer(str(top / 'data' / 'tokenizer')).encode('Four doors')
+
+
+def test_eval_only_measures_any_checkpoint(run, tmp_path):
+    """Also a folder that train.py never saw, and a test split without labels."""
+    top, _ = run
+    (tmp_path / 'data').mkdir()
+    for split in ('validation', 'test'):
+        rows = prepare.read_split(str(top / 'data'), split)
+        rows = [{k: v for k, v in r.items() if split != 'test' or k not in ('answer', 'steps', 'correct_choice_idx')} for r in rows]
+        (tmp_path / 'data' / f'{split}.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
+    os.symlink(top / 'data' / 'images', tmp_path / 'data' / 'images')
+    save_tiny(tmp_path / 'model')
+    for number, source in enumerate((top / 'out' / 'best.pt', tmp_path / 'model')):
+        said = script('train.py', *TOY, f'--data_dir={tmp_path}/data', f'--out_dir={tmp_path}/{number}', '--eval_only=True',
+                      f'--init_from={source}', '--max_length=512')
+        assert 'validation: accuracy' in said and 'test: no labels' in said
+        assert len(json.load(open(tmp_path / str(number) / 'predictions_test.json'))) == 17
+    assert (tmp_path / '0' / 'predictions_test.json').read_text() == (top / 'out' / 'predictions_test.json').read_text()
+
+
+def test_micro_batches_and_resume(run):
+    """Micro-batches give the same losses to rounding; a run stopped inside an epoch and resumed the same weights bit for bit."""
+    top, _ = run
+    whole = weights_of(top / 'out' / 'last.pt')
+    args = [*TOY, f'--data_dir={top}/data']
+    script('train.py', *args, f'--out_dir={top}/micro', '--micro_batch_size=4')
+    losses = lambda name: [e['loss'] for e in map(json.loads, open(top / name / 'metrics.jsonl')) if e['event'] == 'train']
+    assert losses('micro') == pytest.approx(losses('out'), rel=1e-3)
+    script('train.py', *args, f'--out_dir={top}/resumed', '--max_steps=2')
+    assert torch.load(top / 'resumed' / 'last.pt', weights_only=True)['epoch'] == 0
+    script('train.py', *args, f'--out_dir={top}/resumed', '--max_steps=4', '--init_from=resume')
+    script('train.py', *args, f'--out_dir={top}/resumed', '--init_from=resume')
+    resumed = weights_of(top / 'resumed' / 'last.pt')
+    assert all(torch.equal(resumed[k], whole[k]) for k in whole)
+    assert losses('resumed') == losses('out') and len(losses('out')) == 6
+    assert 'is not a multiple' in script('train.py', *args, f'--out_dir={top}/micro', '--micro_batch_size=5', fails=True)
+
+
+@pytest.mark.parametrize('mode', ('cot', 'no_cot', 'pause', 'no_thoughts'))
+def test_modes_run(run, mode):
+    top, _ = run
+    said = script('train.py', *TOY, f'--data_dir={top}/data', f'--out_dir={top}/{mode}', f'--mode={mode}', '--max_steps=4')
+    final = [json.loads(line) for line in open(top / mode / 'metrics.jsonl')][-1]
+    assert final['thoughts_per_answer'] == (2 if mode == 'pause' else 0) and 'another image' not in said
+
+
+def test_sample_answers_a_batch(run):
+    top, _ = run
+    images = sorted(str(p) for p in (top / 'data' / 'images' / 'test').glob('*'))[:2]
+    args = ['sample.py', '--ckpt', top / 'out' / 'best.pt', '--question', 'Four doors from red?', '--choices', 'blue|green|pink|white']
+    said = script(*args, '--image', ','.join(images), '--show_thoughts=5')
+    assert said.count('1 tiles, 9 visual tokens, 2 thoughts') == 2 and said.count('thought 2: ') == 2
+    alone = script(*args, '--image', images[1])
+    assert alone.split('\n->')[1] == said.split('\n->')[2]
+    assert '3 thoughts' in script(*args, '--image', images[0], '--num_thoughts=3')
+    assert script(*args, '--image', top / 'data' / 'images' / 'test').count('visual tokens') == 17
+
+
+def test_bad_input_gets_one_sentence(run, tmp_path):
+    top, _ = run
+    image, best = next((top / 'data' / 'images' / 'test').glob('*')), top / 'out' / 'best.pt'
+    sample = lambda **k: script('sample.py', *(f'--{a}={b}' for a, b in {**dict(ckpt=best, image=image), **k}.items()), fails=True)
+    assert 'no image file none.png' in sample(image='none.png')
+    (tmp_path / 'bad.png').write_bytes(b'\x89PNG\r\n\x1a\nrubbish')
+    assert 'bad.png cannot be read as an image' in sample(image=tmp_path / 'bad.png')
+    assert 'holds no image' in sample(image=HERE + '/config')
+    assert 'gives 1 options: expected 2 to 8' in sample(choices='one')
+    assert 'unknown knob imgae, did you mean image?' in sample(imgae='x')
+    assert 'expected int' in sample(max_new_tokens='many')
+    assert 'no checkpoint at none.pt' in sample(ckpt='none.pt')
+    process = subprocess.run([sys.executable, 'sample.py', '--image=none.png', f'--ckpt={best}'], cwd=HERE, capture_output=True, text=True)
+    assert (process.returncode, process.stderr) == (1, 'sample.py: no image file none.png\n')
+    data = best.read_bytes()
+    (tmp_path / 'cut.pt').write_bytes(data[:len(data) // 2])
+    assert 'cut.pt is not a whole checkpoint' in sample(ckpt=tmp_path / 'cut.pt')
+    torch.save(dict(a=1), tmp_path / 'other.pt')
+    assert 'is no checkpoint of train.py' in sample(ckpt=tmp_path / 'other.pt')
+    other = torch.load(best, weights_only=True)
+    other['config']['hidden_size'] = 32
+    torch.save(other, tmp_path / 'shape.pt')
+    assert 'expected [' in sample(ckpt=tmp_path / 'shape.pt')
+    train = lambda *args: script('train.py', *TOY, f'--data_dir={top}/data', f'--out_dir={tmp_path}/out', *args, fails=True)
+    assert 'no train row fits max_length=20 at stage 0' in train('--max_length=20')
+    assert 'run prepare.py with the same config first' in train('--data_dir=nowhere', f'--init_from={best}')
+    assert "mode='coco'" in train('--mode=coco')
+    assert 'expected True or False' in train('--reset_optimizer=1')
+    assert 'no checkpoint at' in train('--init_from=resume')
+    assert not list((tmp_path / 'out').glob('*.part'))
+
+
+def test_ctrl_c_leaves_whole_files(run, tmp_path):
+    top, _ = run
+    process = subprocess.Popen([sys.executable, 'train.py', *TOY, f'--data_dir={top}/data', f'--out_dir={tmp_path}', '--epochs_stage0=1000'],
+                               cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / 'epoch_2.pt').exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and 'stopped by Ctrl-C' in error and 'Traceback' not in error
+    for file in tmp_path.glob('*.pt'):
+        torch.load(file, weights_only=True)
+    assert not list(tmp_path.glob('*.part'))
+
+
+def test_coconuts_own_files_train_as_they_are(tmp_path):
+    rows = [dict(question=f'Every {a} is a {b}. Tom is a {a}. Is Tom a {b} or a {c}?', steps=[f'Tom is a {a}.', f'Every {a} is a {b}.'],
+                 answer=f'Tom is a {b}.') for a in 'pqrst' for b in 'uvw' for c in 'xyz']
+    (tmp_path / 'logic_train.json').write_text(json.dumps(rows))
+    (tmp_path / 'logic_valid.json').write_text(json.dumps(rows[:5]))
+    script('prepare.py', '--dataset', tmp_path / 'logic_train.json', '--data_dir', tmp_path / 'data', '--init_from=scratch')
+    said = script('train.py', *TOY, f'--data_dir={tmp_path}/data', f'--out_dir={tmp_path}/out', '--prompt={question}\n', '--answer=### {answer}')
+    assert 'test' not in said.split('best.pt')[1] and 'validation' in said.split('best.pt')[1]
+    (tmp_path / 'broken.json').write_text('[{"question": 1}]')
+    assert 'not a JSON list of rows' in script('prepare.py', '--dataset', tmp_path / 'broken.json', '--data_dir', tmp_path / 'd', fails=True)

@@ -2,14 +2,18 @@
 The data set that is drawn, not downloaded: "colour chain", in A-OKVQA's schema, called by prepare.py.
 
 A 3x3 grid of 28-pixel cells: eight rooms and a blank. A room's outer square is its colour, the inner square is the colour of the
-room its door leads to. "Four doors from red?" starts in the red room and follows four doors.
+room its door leads to. "Four doors from red?" starts in the red room and follows four doors. Its
+steps are three colours and a sentence: "blue", "green", "pink", "black is where the last door leads".
 
-    the start's path is simple:  red -> blue -> green -> pink -> grey        (the answer is grey)
+    the start's path is simple:  red -> blue -> green -> pink -> black       (the answer is black)
     any other room, and the last on the path, leads to a random other room
 
 The map must not be invertible. On a permutation, four steps forward can be had as two backward, and the curriculum alone learns
 that: accuracy looks perfect while the thoughts carry nothing. Each room is a visual token of its own, so the image holds the map
 and nothing else; the answer needs four look-ups in sequence.
+
+Why not four sentences: thoughts keep the rhythm of the words. A colour is looked up two tokens after the one before, at the line's end,
+and so are thoughts 1, 3, 5 and 7 with two thoughts a step. Where sentences stand between look-ups, every stage has to learn that anew.
 """
 import io
 import os
@@ -37,7 +41,7 @@ def draw_chain(rng, hops=HOPS):
     options = rng.permutation([path[-1], *rng.permutation([r for r in order if r not in (path[0], path[-1])])[:3]])
     return image.astype(np.uint8), dict(question=f'{NUMBERS[hops]} doors from {names[path[0]]}?', choices=[names[r] for r in options],
                        correct_choice_idx=int(list(options).index(path[-1])), direct_answers=str([names[path[-1]]]),
-                       difficult_direct_answer=False, rationales=[names[r] for r in path[1:]])
+                       difficult_direct_answer=False, rationales=[*(names[r] for r in path[1:-1]), f'{names[path[-1]]} is where the last door leads'])
 
 
 def draw(folder, rows, seed):

@@ -6,7 +6,7 @@ Trains MultiCoCo through its curriculum: stage 0 writes every step, stage k hide
     python train.py config/toy.py --init_from=resume         goes on after the last whole epoch
 
 Leaves in out_dir: best.pt (best validation accuracy within the furthest stage), epoch_{k}.pt, last.pt, metrics.jsonl,
-metrics_epoch_{k}.json, predictions.json, curves.png.
+metrics_epoch_{k}.json, predictions_{split}.json, curves.png.
 """
 import json
 import math
@@ -46,7 +46,7 @@ pad_latent_to_max = True        # the same number of thoughts in rows with fewer
 uniform_prob = 0.0              # chance that a row is trained at a random earlier stage
 reset_optimizer = True          # a fresh optimizer, warm-up and cosine in every stage
 # model
-init_from = 'OpenGVLab/InternVL3-1B-Pretrained'  # 'scratch', 'resume' or a .pt
+init_from = 'OpenGVLab/InternVL3-1B-Pretrained'  # hub id, folder, .pt, 'scratch' or 'resume'
 freeze_vision = False
 activation_checkpointing = False
 hidden_size = 896               # from here on for init_from='scratch': see model.py's Config
@@ -123,6 +123,12 @@ def new_optimizer():
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), weight_decay=weight_decay, fused=True)
 
 
+def interval(right, n, z=1.96):
+    """Wilson's 95 % interval of a share."""
+    centre, half = (right + z * z / 2) / (n + z * z), z * math.sqrt(right * (n - right) / n + z * z / 4) / (n + z * z)
+    return [centre - half, centre + half]
+
+
 @torch.no_grad()
 def evaluate(rows, split, stage, swap=False):
     """
@@ -150,8 +156,9 @@ def evaluate(rows, split, stage, swap=False):
                 right += text.strip().split('\n')[-1] == row['answer']
             answers.append(said)
     n = len(rows)
-    return dict(accuracy=right / n, tokens_per_answer=tokens / n, thoughts_per_answer=thoughts / n, unparsed=unparsed, examples=n,
-                seconds_per_answer=(time.time() - began) / n), answers
+    metrics = dict(tokens_per_answer=tokens / n, thoughts_per_answer=thoughts / n, unparsed=unparsed, examples=n,
+                   seconds_per_answer=(time.time() - began) / n)
+    return (dict(metrics, accuracy=right / n, interval=interval(right, n)) if 'answer' in rows[0] else metrics), answers
 
 
 @torch.no_grad()
@@ -182,15 +189,47 @@ def save(name, resumable=True):
     state = dict(model=model.state_dict(), config=asdict(config), tokenizer=tokenizer.backend_tokenizer.to_str(), knobs=knobs,
                  stage=stage, epoch=epoch, step=step, accuracy=accuracy)
     if resumable:
-        state.update(optimizer=optimizer.state_dict(), best=best, rng=torch.get_rng_state(), elapsed=elapsed(),
-                     stage_step=stage_step)
+        state.update(optimizer=optimizer.state_dict(), stage_step=stage_step, place=place, best=best, elapsed=elapsed(),
+                     rng=torch.get_rng_state())
     with replacing(os.path.join(out_dir, name)) as part:
         torch.save(state, part)
 
 
 def describe(metrics):
-    return (f'accuracy {100 * metrics["accuracy"]:5.1f} % of {metrics["examples"]}, {metrics["tokens_per_answer"]:.1f} tokens and '
-            f'{metrics["thoughts_per_answer"]:.1f} thoughts an answer, {metrics["unparsed"]} unparsed')
+    low, high = metrics.get('interval', (0, 0))
+    accuracy = f'accuracy {100 * metrics["accuracy"]:5.1f} % ({100 * low:.1f} to {100 * high:.1f})' if high else 'no labels'
+    return (f'{accuracy} of {metrics["examples"]}, {metrics["tokens_per_answer"]:.1f} tokens and {metrics["thoughts_per_answer"]:.1f} '
+            f'thoughts and {metrics["seconds_per_answer"]:.3f} s an answer, {metrics["unparsed"]} unparsed')
+
+
+def rows_for(split, stage):
+    """The rows of a split that fit max_length at this stage; the others are counted."""
+    rows = read_split(data_dir, split)
+    encoded = Rows(rows, split, stage, **row_knobs)
+    kept = [row for i, row in enumerate(rows) if encoded.fits(i)]
+    if len(kept) < len(rows):
+        print(f'stage {stage}: {len(rows) - len(kept)} of {len(rows)} {split} rows need more than max_length={max_length}: dropped')
+    if not kept:
+        raise ValueError(f'no {split} row fits max_length={max_length} at stage {stage}: raise it, or lower max_tiles')
+    return kept
+
+
+def report(stage):
+    """Evaluates validation and test, writes A-OKVQA's prediction files; gives (split, rows, metrics) of the last with labels."""
+    labelled = None
+    for split in ('validation', 'test'):
+        if not os.path.isfile(os.path.join(data_dir, f'{split}.jsonl')):
+            continue
+        rows = rows_for(split, stage)
+        metrics, answers = evaluate(rows, split, stage)
+        print(f'{split}: {describe(metrics)}', flush=True)
+        log('final', split=split, **metrics)
+        name = os.path.join(out_dir, f'predictions_{split}.json')
+        with replacing(name) as part, open(part, 'w') as f:
+            json.dump({a['question_id']: {'multiple_choice': a.get('choice', a['text'])} for a in answers}, f, indent=1)
+        if 'accuracy' in metrics:
+            labelled = split, rows, metrics
+    return labelled
 
 
 def plot():
@@ -265,41 +304,28 @@ if __name__ == '__main__':
     schedule += [(max_latent_stage + 1, epochs_last_stage)] if epochs_last_stage else []
     if mode in ('cot', 'no_cot'):  # no curriculum: one stage of the same length
         schedule = [(0, sum(epochs for _, epochs in schedule))]
-    total_epochs, furthest = sum(epochs for _, epochs in schedule), schedule[-1][0]
-
-    def rows_for(split, stage):
-        """The rows of a split that fit max_length at this stage; the others are counted."""
-        rows = read_split(data_dir, split)
-        kept = [row for i, row in enumerate(rows) if Rows(rows, split, stage, **row_knobs).fits(i)]
-        if len(kept) < len(rows):
-            print(f'stage {stage}: {len(rows) - len(kept)} of {len(rows)} {split} rows need more than max_length={max_length}: dropped')
-        if not kept:
-            raise ValueError(f'no {split} row fits max_length={max_length} at stage {stage}: raise it, or lower max_tiles')
-        return kept
-
-    def has_answers(split):
-        return os.path.isfile(os.path.join(data_dir, f'{split}.jsonl')) and 'answer' in read_split(data_dir, split)[0]
+    total_epochs = sum(epochs for _, epochs in schedule)
 
     # --- state: all that a resume needs, besides the model ------------------------------------------------------------
-    epoch = step = stage_step = stage = 0        # whole epochs and optimizer steps done, steps in this stage, stage
+    epoch = place = step = stage_step = stage = 0  # whole epochs done, batches of the next one, steps in all and in this stage
     accuracy, best = 0.0, None                   # latest validation accuracy; [stage, accuracy, -loss] of best.pt
     optimizer, before, started = new_optimizer(), 0.0, time.time()
     if init_from == 'resume':
         saved = model.checkpoint
-        epoch, step, stage, accuracy, best = (saved[k] for k in ('epoch', 'step', 'stage', 'accuracy', 'best'))
-        stage_step, before = saved['stage_step'], saved['elapsed']
+        epoch, place, step, stage_step, stage = (saved[k] for k in ('epoch', 'place', 'step', 'stage_step', 'stage'))
+        accuracy, best, before = saved['accuracy'], saved['best'], saved['elapsed']
         optimizer.load_state_dict(saved['optimizer'])
         torch.set_rng_state(saved['rng'])
-        print(f'resumed after epoch {epoch}, step {step}, stage {stage}')
-    elif not eval_only:
-        open(os.path.join(out_dir, 'metrics.jsonl'), 'w').close()
-
+        print(f'resumed in stage {stage} after {epoch} epochs, {step} steps')
     if eval_only:
-        for split in ('validation', 'test'):
-            if has_answers(split):
-                stage = model.checkpoint['stage']
-                print(f'{split} at stage {stage}: ' + describe(evaluate(rows_for(split, stage), split, stage)[0]))
+        stage = model.checkpoint.get('stage', 0)  # a checkpoint that is not ours writes its steps
+        report(stage)
         raise SystemExit(0)
+    else:  # lines of a run that got further than its last checkpoint, or of another run, go
+        path = os.path.join(out_dir, 'metrics.jsonl')
+        kept = [line for line in open(path) if json.loads(line)['step'] <= step] if init_from == 'resume' else []
+        with replacing(path) as part, open(part, 'w') as f:
+            f.writelines(kept)
 
     # --- the loop -----------------------------------------------------------------------------------------------------
     stage_of_epoch = [k for k, epochs in schedule for _ in range(epochs)]
@@ -318,7 +344,7 @@ if __name__ == '__main__':
         groups = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
         training = Rows(rows, 'train', stage, uniform_prob=uniform_prob, epoch=epoch, **row_knobs)
         model.train()
-        for batch in batches(training, groups):
+        for batch in batches(training, groups[place:]):
             lr = (learning_rate_at(stage_step, stage_steps, peak) if reset_optimizer else
                   learning_rate_at(step, steps_per_epoch * total_epochs, peak))
             for group in optimizer.param_groups:
@@ -337,21 +363,20 @@ if __name__ == '__main__':
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip).item()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            step, stage_step = step + 1, stage_step + 1
+            step, stage_step, place = step + 1, stage_step + 1, place + 1
             if step % log_interval == 0 or step == max_steps:
-                done = stage_step % steps_per_epoch or steps_per_epoch
-                left = (total_epochs - epoch) * steps_per_epoch - done
-                eta = left * elapsed() / step
+                eta = ((total_epochs - epoch) * steps_per_epoch - place) * elapsed() / step
                 print(f'step {step:6d} | stage {stage} | epoch {epoch + 1:3d}/{total_epochs} | loss {loss:7.4f} | lr {lr:.1e} | '
                       f'grad {norm:6.2f} | {1e3 * elapsed() / step:6.0f} ms/step | ETA {int(eta) // 60:3d}m{int(eta) % 60:02d}s', flush=True)
                 log('train', loss=loss, lr=lr, grad_norm=norm)
             if step == max_steps:
                 break
-        epoch += 1
+        if whole := place == len(groups):
+            epoch, place = epoch + 1, 0
         metrics, answers = evaluate(validation, 'validation', stage)
         metrics['loss'] = validation_loss(validation, 'validation', stage)
         accuracy = metrics['accuracy']
-        print(f'epoch {epoch:3d} | stage {stage} | validation {describe(metrics)}, loss {metrics["loss"]:.4f}', flush=True)
+        print(f'epoch {epoch:3d} | stage {stage} | {describe(metrics)}, loss {metrics["loss"]:.4f}', flush=True)
         log('eval', **metrics)
         with replacing(os.path.join(out_dir, f'metrics_epoch_{epoch}.json')) as part, open(part, 'w') as f:
             json.dump(dict(metrics, stage=stage, epoch=epoch, step=step), f, indent=1)
@@ -359,24 +384,18 @@ if __name__ == '__main__':
         if best is None or key >= best:
             best = key
             save('best.pt', resumable=False)
-        save(f'epoch_{epoch}.pt')
+        if whole:
+            save(f'epoch_{epoch}.pt')
         save('last.pt')
-        ends = epoch == total_epochs or stage_of_epoch[epoch] != stage or step == max_steps
-        if ends:
+        if epoch == total_epochs or stage_of_epoch[epoch] != stage or step == max_steps:
             plot()
-            if has_answers('test') and stage != furthest:
-                metrics, _ = evaluate(rows_for('test', stage), 'test', stage)
-                print(f'end of stage {stage} | test {describe(metrics)}', flush=True)
-                log('test', **metrics)
 
     # --- what came out ------------------------------------------------------------------------------------------------
     saved = read_checkpoint(os.path.join(out_dir, 'best.pt'))
     model.load_state_dict(saved['model'])
-    split = 'test' if has_answers('test') else 'validation'
-    rows, stage, epoch, step = rows_for(split, saved['stage']), saved['stage'], saved['epoch'], saved['step']
-    metrics, answers = evaluate(rows, split, stage)
-    log('final', split=split, **metrics)
-    print(f'best.pt: stage {stage}, epoch {epoch}\n{split} {describe(metrics)}')
+    stage, epoch, step = saved['stage'], saved['epoch'], saved['step']
+    print(f'best.pt: stage {stage}, epoch {epoch}')
+    split, rows, metrics = report(stage)
     if metrics['thoughts_per_answer'] and mode == 'coconut' and len(rows) > 1:
         swapped, _ = evaluate(rows, split, stage, swap=True)
         log('swapped', split=split, **swapped)

@@ -5,20 +5,21 @@ data_dir = 'data/toy'
 out_dir = 'out-toy'
 init_from = 'scratch'
 steps_from = 'all'           # each hop is a step
-train_rows = 16384
+train_rows = 8192
 seed = 0
 
 prompt = '<image>{question}\n{choices}\n'  # short: every token costs time here
 answer = '{choice} {letter}'               # the colour before the letter: the other way round it is not learnt
 max_length = 128
-max_new_tokens = 16
+max_new_tokens = 32
 
-c_thought = 1
+c_thought = 2
 max_latent_stage = 4
-epochs_stage0 = 3
+epochs_stage0 = 5
 epochs_per_stage = 2
+epochs_last_stage = 2        # every row has four steps, so this is stage 4 once more, with a fresh optimizer
 learning_rate_stage0 = 3e-3
-learning_rate = 2e-3
+learning_rate = 5e-4
 
 hidden_size = 64
 intermediate_size = 192
@@ -40,4 +41,4 @@ eval_batch_size = 250
 beta2 = 0.98
 weight_decay = 0.01
 warmup_steps = 50
-threads = 1                  # the model is so small that a second thread costs more than it brings
+threads = 1                  # the model is so small that a second one brings little; it is left to the data
