@@ -29,13 +29,13 @@ from typing import NamedTuple, Optional
 import timm
 import torch
 import torch.nn.functional as F
+import transformers
 from einops import rearrange
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from tokenizers import AddedToken, Tokenizer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 IMG, END_IMG, IMG_CONTEXT = '<img>', '</img>', '<IMG_CONTEXT>'
 START_LATENT, LATENT, END_LATENT = '<|start-latent|>', '<|latent|>', '<|end-latent|>'
@@ -53,10 +53,14 @@ def load_tokenizer(name_or_path):
 
 
 def read_tokenizer(folder):
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # it warns that it does not know internvl_chat, whose config it need not know
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return transformers.AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise OSError(f'no tokenizer could be loaded from {folder}: {str(error).splitlines()[0]}') from None
+    finally:
+        transformers.logging.set_verbosity(verbosity)
 
 
 def add_special_tokens(tokenizer):
@@ -699,5 +703,5 @@ def tokenizer_from_json(text, config):
     """The tokenizer of a checkpoint, from its JSON text and the token ids in the config."""
     tokenizer = Tokenizer.from_str(text)
     name = tokenizer.id_to_token
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=name(config.eos_token_ids[0]),
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=name(config.eos_token_ids[0]),
                                    pad_token=name(config.pad_token_id))

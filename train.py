@@ -70,6 +70,7 @@ min_lr_ratio = 0.05             # where the cosine ends
 warmup_steps = 50
 beta1 = 0.9
 beta2 = 0.95
+adam_eps = 1e-8
 weight_decay = 0.01
 grad_clip = 1.0
 # run
@@ -120,7 +121,7 @@ def new_optimizer():
     """AdamW; weight decay on matrices only."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [dict(params=[p for p in trained if p.dim() >= 2]), dict(params=[p for p in trained if p.dim() < 2], weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), weight_decay=weight_decay, fused=True)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), eps=adam_eps, weight_decay=weight_decay, fused=True)
 
 
 def interval(right, n, z=1.96):

@@ -5,7 +5,7 @@ data_dir = 'data/toy'
 out_dir = 'out-toy'
 init_from = 'scratch'
 steps_from = 'all'           # each hop is a step
-train_rows = 8192
+train_rows = 10240
 seed = 0
 
 prompt = '<image>{question}\n{choices}\n'  # short: every token costs time here
@@ -15,9 +15,8 @@ max_new_tokens = 32
 
 c_thought = 2
 max_latent_stage = 4
-epochs_stage0 = 5
+epochs_stage0 = 4
 epochs_per_stage = 2
-epochs_last_stage = 2        # every row has four steps, so this is stage 4 once more, with a fresh optimizer
 learning_rate_stage0 = 3e-3
 learning_rate = 5e-4
 
@@ -39,6 +38,7 @@ max_tiles = 1
 batch_size = 64
 eval_batch_size = 250
 beta2 = 0.98
+adam_eps = 1e-5              # at 1e-8 a fresh optimizer takes full steps along gradients that are all but 0, and a solved stage is lost
 weight_decay = 0.01
 warmup_steps = 50
 threads = 1                  # the model is so small that a second one brings little; it is left to the data
