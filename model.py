@@ -535,9 +535,11 @@ def fetch(name_or_path):
         raise FileNotFoundError(f'{name_or_path} is neither a folder nor a hub id like OpenGVLab/InternVL3-1B-Pretrained')
     wanted = dict(allow_patterns=['*.json', '*.safetensors', '*.txt'])
     try:
-        return snapshot_download(name_or_path, local_files_only=True, **wanted)
+        folder = snapshot_download(name_or_path, local_files_only=True, **wanted)
+        weight_files(folder)
+        return folder
     except (OSError, ValueError):
-        pass  # not in the cache: ask the hub
+        pass  # not in the cache, or not whole there: ask the hub
     try:
         return snapshot_download(name_or_path, **wanted)
     except (OSError, ValueError, RuntimeError) as error:  # offline, no such repository, no access

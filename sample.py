@@ -89,7 +89,7 @@ if __name__ == '__main__':
             says = '  '.join(f'{tokenizer.decode([t])!r} {q:.2f}' for q, t in zip(p.tolist(), top.tolist()))
             print(f'  thought {k + 1}: {says}  (norm {thoughts[k][b].norm():.2f}, an embedding has {usual:.2f})')
         answer = tokenizer.decode(new[b], skip_special_tokens=True)
-        print(f'{question} {" | ".join(options)}\n{answer}')
+        print(f'{question} {" | ".join(options)}'.rstrip() + f'\n{answer}')
         if options:
             choice, parsed = extract_choice(answer, options)
             print(f'-> {LETTERS[choice]}. {options[choice]}' if parsed else '-> no option could be read from this answer')
