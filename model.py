@@ -41,6 +41,7 @@ IMG, END_IMG, IMG_CONTEXT = '<img>', '</img>', '<IMG_CONTEXT>'
 START_LATENT, LATENT, END_LATENT = '<|start-latent|>', '<|latent|>', '<|end-latent|>'
 SPECIAL_TOKENS = (IMG, END_IMG, IMG_CONTEXT, START_LATENT, LATENT, END_LATENT)
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as InternVL was trained
+EMBEDDING, HEAD = 'language_model.model.embed_tokens.weight', 'language_model.lm_head.weight'
 PADDING = 2**30  # the position of padding: greater than any query's, so that no query sees it as a key
 
 
@@ -275,11 +276,7 @@ class LanguageModel(nn.Module):
             layers=nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers)),
             norm=nn.RMSNorm(c.hidden_size, c.rms_norm_eps)))
         self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
-        self.tied = c.tie_word_embeddings
-        self.tie()
-
-    def tie(self):
-        if self.tied:
+        if c.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
 
@@ -293,7 +290,7 @@ class MultiCoCo(nn.Module):
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        self.activation_checkpointing = False
+        self.activation_checkpointing, self.checkpoint = False, {}
         self.vision_model = timm.models.VisionTransformer(
             img_size=c.image_size, patch_size=c.patch_size, embed_dim=c.vision_hidden_size, depth=c.vision_num_layers,
             num_heads=c.vision_num_heads, mlp_ratio=c.vision_intermediate_size / c.vision_hidden_size, init_values=1.0,
@@ -323,7 +320,7 @@ class MultiCoCo(nn.Module):
             ours, third = rename(name)
             with safe_open(path, 'pt') as file:  # opened for each tensor: closing lets go of the pages that were read
                 tensor = file.get_tensor(name)
-                if ours in ('language_model.model.embed_tokens.weight', 'language_model.lm_head.weight'):
+                if ours in (EMBEDDING, HEAD):
                     tensor = with_mean_rows(tensor, known, config.vocab_size)
                 tensor = tensor.to(dtype, copy=True)
             if third is None:
@@ -336,11 +333,12 @@ class MultiCoCo(nn.Module):
         for ours, parts in thirds.items():
             raise ValueError(f'{name_or_path}: of {ours} only {", ".join(sorted(parts))} is there, expected q, k and v')
         if config.tie_word_embeddings:
-            weights['language_model.lm_head.weight'] = weights['language_model.model.embed_tokens.weight']
+            weights[HEAD] = weights[EMBEDDING]
         load_weights(model, weights, name_or_path, assign=True)
-        model.language_model.tie()
+        if config.tie_word_embeddings:  # what was tied on the meta device is not after assigning
+            model.language_model.lm_head.weight = model.language_model.model.embed_tokens.weight
         print(f'{name_or_path}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters from {len(shapes)} tensors in '
-              f'{len(set(files.values()))} file(s), all used, none missing; {config.vocab_size - embedding_shape(shapes)[0]} rows added')
+              f'{len(set(files.values()))} file(s), all used, none missing; {config.vocab_size - shapes[EMBEDDING][0]} rows added')
         return model.eval()
 
     @torch.no_grad()
@@ -515,6 +513,13 @@ class MultiCoCo(nn.Module):
         return new[:, :i + 1]
 
 
+def pick_device(device):
+    """'auto' is the GPU where there is one."""
+    if device == 'cuda' and not torch.cuda.is_available():
+        raise ValueError('device=cuda, but torch sees no GPU here: use --device=cpu, or install a torch with CUDA')
+    return ('cuda' if torch.cuda.is_available() else 'cpu') if device == 'auto' else device
+
+
 def sample(logits, temperature, top_p, generator=None):
     """float32 [B, V] to int64 [B]: the likeliest token at temperature 0, else one drawn from the top_p mass."""
     if temperature == 0:
@@ -572,43 +577,37 @@ def weight_files(folder):
     return files, shapes
 
 
-# file name -> our name. Rows without a right side are the same on both sides; a name that fits no row is an error.
-KEYS = [(re.compile(pattern), ours) for pattern, ours in (
-    (r'language_model\.(?:model\.(?:embed_tokens|layers\.\d+|norm)|lm_head)\..+', None),
+# file name -> our name, None where they are the same; a name that fits no row is an error
+BLOCK = r'vision_tower\.encoder\.layer\.(\d+)\.'
+KEYS = {re.compile(pattern): ours for pattern, ours in {
+    r'language_model\..+|mlp1\.[013]\.(?:weight|bias)': None,
     # OpenGVLab
-    (r'vision_model\.embeddings\.class_embedding', 'vision_model.cls_token'),
-    (r'vision_model\.embeddings\.position_embedding', 'vision_model.pos_embed'),
-    (r'vision_model\.embeddings\.patch_embedding\.(.+)', r'vision_model.patch_embed.proj.\1'),
-    (r'vision_model\.encoder\.layers\.(\d+)\.(ls[12])', r'vision_model.blocks.\1.\2.gamma'),
-    (r'vision_model\.encoder\.layers\.(\d+)\.((?:norm[12]|attn|mlp)\..+)', r'vision_model.blocks.\1.\2'),
-    (r'mlp1\.[013]\.(?:weight|bias)', None),
+    r'vision_model\.embeddings\.class_embedding': 'vision_model.cls_token',
+    r'vision_model\.embeddings\.position_embedding': 'vision_model.pos_embed',
+    r'vision_model\.embeddings\.patch_embedding\.(.+)': r'vision_model.patch_embed.proj.\1',
+    r'vision_model\.encoder\.layers\.(\d+)\.(ls[12])': r'vision_model.blocks.\1.\2.gamma',
+    r'vision_model\.encoder\.layers\.(\d+)\.((?:norm[12]|attn|mlp)\..+)': r'vision_model.blocks.\1.\2',
     # -hf
-    (r'vision_tower\.embeddings\.cls_token', 'vision_model.cls_token'),
-    (r'vision_tower\.embeddings\.position_embeddings', 'vision_model.pos_embed'),
-    (r'vision_tower\.embeddings\.patch_embeddings\.projection\.(.+)', r'vision_model.patch_embed.proj.\1'),
-    (r'vision_tower\.encoder\.layer\.(\d+)\.lambda_([12])', r'vision_model.blocks.\1.ls\2.gamma'),
-    (r'vision_tower\.encoder\.layer\.(\d+)\.layernorm_before\.(.+)', r'vision_model.blocks.\1.norm1.\2'),
-    (r'vision_tower\.encoder\.layer\.(\d+)\.layernorm_after\.(.+)', r'vision_model.blocks.\1.norm2.\2'),
-    (r'vision_tower\.encoder\.layer\.(\d+)\.attention\.(?P<third>[qkv])_proj\.(.+)', r'vision_model.blocks.\1.attn.qkv.\3'),
-    (r'vision_tower\.encoder\.layer\.(\d+)\.attention\.projection_layer\.(.+)', r'vision_model.blocks.\1.attn.proj.\2'),
-    (r'vision_tower\.encoder\.layer\.(\d+)\.mlp\.(.+)', r'vision_model.blocks.\1.mlp.\2'),
-    (r'multi_modal_projector\.layer_norm\.(.+)', r'mlp1.0.\1'),
-    (r'multi_modal_projector\.linear_1\.(.+)', r'mlp1.1.\1'),
-    (r'multi_modal_projector\.linear_2\.(.+)', r'mlp1.3.\1'))]
+    r'vision_tower\.embeddings\.cls_token': 'vision_model.cls_token',
+    r'vision_tower\.embeddings\.position_embeddings': 'vision_model.pos_embed',
+    r'vision_tower\.embeddings\.patch_embeddings\.projection\.(.+)': r'vision_model.patch_embed.proj.\1',
+    BLOCK + r'lambda_([12])': r'vision_model.blocks.\1.ls\2.gamma',
+    BLOCK + r'layernorm_before\.(.+)': r'vision_model.blocks.\1.norm1.\2',
+    BLOCK + r'layernorm_after\.(.+)': r'vision_model.blocks.\1.norm2.\2',
+    BLOCK + r'attention\.(?P<third>[qkv])_proj\.(.+)': r'vision_model.blocks.\1.attn.qkv.\3',
+    BLOCK + r'attention\.projection_layer\.(.+)': r'vision_model.blocks.\1.attn.proj.\2',
+    BLOCK + r'(mlp\..+)': r'vision_model.blocks.\1.\2',
+    r'multi_modal_projector\.layer_norm\.(.+)': r'mlp1.0.\1',
+    r'multi_modal_projector\.linear_1\.(.+)': r'mlp1.1.\1',
+    r'multi_modal_projector\.linear_2\.(.+)': r'mlp1.3.\1'}.items()}
 
 
 def rename(name):
     """A file's tensor name -> (our name, 'q', 'k' or 'v' if it is a third of our fused qkv)."""
-    for pattern, ours in KEYS:
+    for pattern, ours in KEYS.items():
         if match := pattern.fullmatch(name):
             return (name if ours is None else match.expand(ours)), match.groupdict().get('third')
     return name, None  # load_weights reports it as not known
-
-
-def embedding_shape(shapes):
-    if 'language_model.model.embed_tokens.weight' not in shapes:
-        raise ValueError('the checkpoint has no language_model.model.embed_tokens.weight: it is not InternVL with a Qwen decoder')
-    return shapes['language_model.model.embed_tokens.weight']
 
 
 def with_mean_rows(matrix, known, rows):
@@ -624,7 +623,7 @@ def with_mean_rows(matrix, known, rows):
 
 def read_config(c, shapes, tokenizer, source):
     """A checkpoint's config.json to our Config. Some copies carry a wrong llm_config beside a right text_config."""
-    embedding = embedding_shape(shapes)
+    embedding = shapes.get(EMBEDDING, 'missing')
     candidates = [c[key] for key in ('llm_config', 'text_config') if c.get(key)]
     fit = [t for t in candidates if [t.get('vocab_size'), t.get('hidden_size')] == embedding]
     if not fit:
@@ -664,9 +663,7 @@ def load_checkpoint(path):
     from a checkpoint folder or hub id, where `model.checkpoint` is {}.
     """
     if not path.endswith('.pt'):
-        model = MultiCoCo.from_pretrained(path)
-        model.checkpoint = {}
-        return model, load_tokenizer(path)
+        return MultiCoCo.from_pretrained(path), load_tokenizer(path)
     checkpoint = read_checkpoint(path)
     config = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in checkpoint['config'].items()})
     model = MultiCoCo(config)

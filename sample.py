@@ -14,7 +14,7 @@ import time
 import torch
 
 from configurator import configure
-from model import load_checkpoint
+from model import load_checkpoint, pick_device
 from prepare import LETTERS, collate, encode, extract_choice, load_image, tile_image
 
 # --- knobs ------------------------------------------------------------------------------------------------------------
@@ -47,7 +47,7 @@ def find_images(image):
 
 if __name__ == '__main__':
     globals().update(configure(globals()))
-    device = ('cuda' if torch.cuda.is_available() else 'cpu') if device == 'auto' else device
+    device = pick_device(device)
     model, tokenizer = load_checkpoint(ckpt)
     model.to(device)
     config, knobs, stage = model.config, model.checkpoint.get('knobs', UNTRAINED), model.checkpoint.get('stage', 0)

@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from configurator import configure
-from model import Config, MultiCoCo, LATENT, IMG_CONTEXT, load_checkpoint, load_tokenizer, read_checkpoint
+from model import Config, MultiCoCo, LATENT, IMG_CONTEXT, load_checkpoint, load_tokenizer, pick_device, read_checkpoint
 from prepare import ANSWER, PROMPT, Rows, collate, extract_choice, read_split, replacing
 
 # --- knobs: data ------------------------------------------------------------------------------------------------------
@@ -267,7 +267,7 @@ if __name__ == '__main__':
     globals().update(knobs)
     if threads:
         torch.set_num_threads(threads)
-    device = ('cuda' if torch.cuda.is_available() else 'cpu') if device == 'auto' else device
+    device = pick_device(device)
     dtype = ('bfloat16' if device == 'cuda' else 'float32') if dtype == 'auto' else dtype
     autocast = torch.autocast(device, torch.bfloat16) if dtype == 'bfloat16' else nullcontext()
     micro = micro_batch_size or batch_size
