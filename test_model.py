@@ -703,7 +703,7 @@ def test_files_are_whole_or_not_there(tmp_path):
     path = str(tmp_path / 'file')
     with prepare.replacing(path) as part, open(part, 'w') as f:
         f.write('old')
-    for error, message in ((OSError(28, 'No space left on device'), 'disk is full'), (KeyboardInterrupt(), '')):
+    for error, message in ((OSError(28, 'No space left on device'), 'disk is full'), (KeyboardInterrupt(), None)):
         with pytest.raises(type(error), match=message):
             with prepare.replacing(path) as part, open(part, 'w') as f:
                 f.write('half')
