@@ -55,8 +55,7 @@ def parse(defaults, argv, elsewhere=()):
             if key.startswith('_') or isinstance(value, type(os)) or (key not in defaults and key in elsewhere):
                 continue
             default = lookup(defaults, key, file, elsewhere)
-            if type(default) is float and type(value) is int:
-                value = float(value)
+            value = float(value) if type(default) is float and type(value) is int else value
             if type(value) is not type(default):
                 raise ValueError(f'{file}: {key} = {value!r} is {type(value).__name__}, expected {type(default).__name__}')
             values[key], sources[key] = value, file
@@ -79,14 +78,14 @@ def lookup(defaults, key, where, elsewhere):
     return defaults[key]
 
 
-def configure(module, argv=None):
+def configure(module):
     """A script's globals() -> its knobs as set by config files and flags. Prints the table; ends the script on bad input."""
     sys.excepthook = one_sentence
-    argv = sys.argv[1:] if argv is None else argv
-    scripts = [os.path.join(HERE, name) for name in ('prepare.py', 'train.py', 'sample.py', 'bench.py')]
-    elsewhere = {name for script in scripts if os.path.isfile(script) for name in knob_names(script)}
+    argv = sys.argv[1:]
+    scripts = [os.path.join(HERE, name) for name in ('prepare.py', 'train.py', 'sample.py')]
+    elsewhere = {name for script in scripts for name in knob_names(script)}
     defaults = {k: module[k] for k in knob_names(module['__file__']) if isinstance(module.get(k), (bool, int, float, str))}
-    helping = [a for a in argv if a in ('-h', '--help')]
+    helping = {'-h', '--help'} & set(argv)
     values, sources = parse(defaults, [a for a in argv if a not in helping], elsewhere)
     if helping:
         print((module.get('__doc__') or '').strip() + '\n')

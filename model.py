@@ -45,8 +45,7 @@ EMBEDDING, HEAD = 'language_model.model.embed_tokens.weight', 'language_model.lm
 PADDING = 2**30  # the position of padding: greater than any query's, so that no query sees it as a key
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# tokenizer
+# --- tokenizer --------------------------------------------------------------------------------------------------------
 
 def load_tokenizer(name_or_path):
     """The checkpoint's tokenizer with every token of SPECIAL_TOKENS present, each added only if it is not there yet."""
@@ -75,8 +74,7 @@ def add_special_tokens(tokenizer):
     return tokenizer
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# decoder: Qwen2 (q/k/v with bias) or Qwen3 (RMS norm on each head's queries and keys)
+# --- decoder: Qwen2 (q/k/v with bias) or Qwen3 (RMS norm on each head's queries and keys) -----------------------------
 
 def rotary(position, head_dim, theta):
     """RoPE's cos and sin, float32 [B, 1, T, head_dim], of integer positions [B, T]; sin is negative in the first half."""
@@ -178,8 +176,7 @@ class StaticCache:
         self.used[layer] += k.shape[2]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# where a token stands: the only bookkeeping of the latent loop
+# --- where a token stands: the only bookkeeping of the latent loop ----------------------------------------------------
 
 class Layout(NamedTuple):
     slot: torch.Tensor      # int64 [B, T]: the slot of each token (0 for padding)
@@ -226,8 +223,7 @@ def lay_out(input_ids, attention_mask, config):
                   length.to(input_ids.device), widths.tolist())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the whole model
+# --- the whole model --------------------------------------------------------------------------------------------------
 
 @dataclass
 class Config:
@@ -358,13 +354,6 @@ class MultiCoCo(nn.Module):
         for table in (self.language_model.model.embed_tokens.weight, self.vision_model.cls_token, self.vision_model.pos_embed):
             nn.init.normal_(table, std=0.35)
         self.language_model.model.norm.weight.fill_(0.35)
-
-    @torch.no_grad()
-    def start_markers_as(self, tokenizer, text):
-        """The embeddings around thoughts start as that of a token which the model will know when thoughts come in."""
-        start, end = tokenizer.convert_tokens_to_ids([START_LATENT, END_LATENT])
-        table = self.language_model.model.embed_tokens.weight
-        table[start] = table[end] = table[tokenizer.encode(text, add_special_tokens=False)[-1]]
 
     def set_activation_checkpointing(self, on=True):
         """Recompute activations in the backward pass: nothing changes but memory and time."""
@@ -529,8 +518,7 @@ def sample(logits, temperature, top_p, generator=None):
     return token.gather(-1, torch.multinomial(p, 1, generator=generator))[:, 0]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# checkpoints
+# --- checkpoints ------------------------------------------------------------------------------------------------------
 
 def fetch(name_or_path):
     """A local folder as it is; a hub id's files from the hub's cache, or from the hub if they are not all there."""
@@ -669,7 +657,9 @@ def load_checkpoint(path):
     model = MultiCoCo(config)
     load_weights(model, checkpoint.pop('model'), path)
     model.checkpoint = checkpoint
-    return model.eval(), tokenizer_from_json(checkpoint['tokenizer'], config)
+    tokenizer = Tokenizer.from_str(checkpoint['tokenizer'])
+    eos, pad = tokenizer.id_to_token(config.eos_token_ids[0]), tokenizer.id_to_token(config.pad_token_id)
+    return model.eval(), transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, pad_token=pad)
 
 
 def read_checkpoint(path):
@@ -696,11 +686,3 @@ def load_weights(model, weights, source, assign=False):
     if wrong:
         raise ValueError(f'{source} does not fit this model, {len(wrong)} tensors differ: {"; ".join(wrong[:3])}')
     model.load_state_dict(weights, assign=assign)
-
-
-def tokenizer_from_json(text, config):
-    """The tokenizer of a checkpoint, from its JSON text and the token ids in the config."""
-    tokenizer = Tokenizer.from_str(text)
-    name = tokenizer.id_to_token
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=name(config.eos_token_ids[0]),
-                                   pad_token=name(config.pad_token_id))

@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from configurator import configure
-from model import Config, MultiCoCo, LATENT, IMG_CONTEXT, load_checkpoint, load_tokenizer, pick_device, read_checkpoint
+from model import Config, END_LATENT, IMG_CONTEXT, LATENT, MultiCoCo, START_LATENT, load_checkpoint, load_tokenizer, pick_device, read_checkpoint
 from prepare import ANSWER, PROMPT, Rows, collate, extract_choice, read_split, replacing
 
 # --- knobs: data ------------------------------------------------------------------------------------------------------
@@ -284,7 +284,10 @@ if __name__ == '__main__':
                         eos_token_ids=(tokenizer.eos_token_id,),
                         **{f.name: knobs[f.name] for f in fields(Config) if f.name in knobs})
         model = MultiCoCo(config)
-        model.start_markers_as(tokenizer, '\n')
+        markers = tokenizer.convert_tokens_to_ids([START_LATENT, END_LATENT])
+        with torch.no_grad():  # they start as the line's end, which the model will know when thoughts come in
+            table = model.language_model.model.embed_tokens.weight
+            table[markers] = table[tokenizer.encode('\n', add_special_tokens=False)[-1]].clone()
     else:
         path = os.path.join(out_dir, 'last.pt') if init_from == 'resume' else init_from
         model, tokenizer = load_checkpoint(path)
