@@ -271,8 +271,9 @@ def replacing(path):
     try:
         yield part
         os.replace(part, path)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
+    except (OSError, RuntimeError) as error:  # torch and numpy do not pass the system's reason on: look for it
+        full = getattr(error, 'errno', None) == errno.ENOSPC or shutil.disk_usage(os.path.dirname(path) or '.').free < 2**20
+        if full:
             raise OSError(f'the disk is full: {path} was not written, what was there before is untouched; free some space') from None
         raise
     finally:

@@ -699,7 +699,7 @@ def test_the_tile_cache(tmp_path, monkeypatch):
     assert len(cached()) == 3 and not [f for f in cached() if f.suffix != '.npy']
 
 
-def test_files_are_whole_or_not_there(tmp_path):
+def test_files_are_whole_or_not_there(tmp_path, monkeypatch):
     path = str(tmp_path / 'file')
     with prepare.replacing(path) as part, open(part, 'w') as f:
         f.write('old')
@@ -709,6 +709,13 @@ def test_files_are_whole_or_not_there(tmp_path):
                 f.write('half')
                 raise error
         assert open(path).read() == 'old' and os.listdir(tmp_path) == ['file']
+    with pytest.raises(RuntimeError, match='a bug'):  # not every error is a full disk
+        with prepare.replacing(path):
+            raise RuntimeError('a bug')
+    monkeypatch.setattr(prepare.shutil, 'disk_usage', lambda folder: type('Usage', (), dict(free=0)))
+    with pytest.raises(OSError, match='disk is full'):  # as torch.save says it
+        with prepare.replacing(path):
+            raise RuntimeError('PytorchStreamWriter failed writing file')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
