@@ -106,7 +106,7 @@ class Attention(nn.Module):
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)  # under autocast the norms give float32
         keys, values = extend(k, v)  # [B, K, all so far, head_dim]
         y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         return self.o_proj(rearrange(y, 'b h t d -> b t (h d)')), k, v
@@ -321,13 +321,12 @@ class MultiCoCo(nn.Module):
                 tensor = tensor.to(dtype, copy=True)
             if third is None:
                 weights[ours] = tensor
-            elif len(parts := thirds.setdefault(ours, {}) | {third: tensor}) < 3:
-                thirds[ours] = parts
             else:
-                thirds.pop(ours)
-                weights[ours] = torch.cat([parts[x] for x in 'qkv'])
+                thirds.setdefault(ours, {})[third] = tensor
         for ours, parts in thirds.items():
-            raise ValueError(f'{name_or_path}: of {ours} only {", ".join(sorted(parts))} is there, expected q, k and v')
+            if len(parts) < 3:
+                raise ValueError(f'{name_or_path}: of {ours} only {", ".join(sorted(parts))} is there, expected q, k and v')
+            weights[ours] = torch.cat([parts[third] for third in 'qkv'])
         if config.tie_word_embeddings:
             weights[HEAD] = weights[EMBEDDING]
         load_weights(model, weights, name_or_path, assign=True)
@@ -603,7 +602,7 @@ def with_mean_rows(matrix, known, rows):
     had = torch.zeros(rows, dtype=torch.bool)
     had[[i for i in known if i < len(matrix)]] = True
     total = sum(part[here].float().sum(0) for part, here in zip(matrix.split(8192), had[:len(matrix)].split(8192)))  # little memory
-    grown = matrix.new_empty(max(rows, len(matrix)), matrix.shape[1])
+    grown = matrix.new_empty(rows, matrix.shape[1])
     grown[:len(matrix)] = matrix
     grown[~had] = (total / had.sum()).to(matrix.dtype)
     return grown

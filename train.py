@@ -325,11 +325,10 @@ if __name__ == '__main__':
         stage = model.checkpoint.get('stage', 0)  # a checkpoint that is not ours writes its steps
         report(stage)
         raise SystemExit(0)
-    else:  # lines of a run that got further than its last checkpoint, or of another run, go
-        path = os.path.join(out_dir, 'metrics.jsonl')
-        kept = [line for line in open(path) if json.loads(line)['step'] <= step] if init_from == 'resume' else []
-        with replacing(path) as part, open(part, 'w') as f:
-            f.writelines(kept)
+    path = os.path.join(out_dir, 'metrics.jsonl')  # lines of a run that got further than its last checkpoint, or of another run, go
+    kept = [line for line in open(path) if json.loads(line)['step'] <= step] if init_from == 'resume' else []
+    with replacing(path) as part, open(part, 'w') as f:
+        f.writelines(kept)
 
     # --- the loop -----------------------------------------------------------------------------------------------------
     stage_of_epoch = [k for k, epochs in schedule for _ in range(epochs)]
