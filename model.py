@@ -287,6 +287,7 @@ class MultiCoCo(nn.Module):
         super().__init__()
         c = self.config = config
         self.activation_checkpointing, self.checkpoint = False, {}
+        self.hits = None  # supervised tokens of the latest labelled batch that the model would have written, for the log
         self.vision_model = timm.models.VisionTransformer(
             img_size=c.image_size, patch_size=c.patch_size, embed_dim=c.vision_hidden_size, depth=c.vision_num_layers,
             num_heads=c.vision_num_heads, mlp_ratio=c.vision_intermediate_size / c.vision_hidden_size, init_values=1.0,
@@ -460,8 +461,9 @@ class MultiCoCo(nn.Module):
         row, before = (labels[:, 1:] != -100).nonzero(as_tuple=True)   # the token at `before` predicts the next one
         if not len(row):
             raise ValueError('labels supervise no token of this batch: every row needs a target behind its prompt')
-        logits = self.language_model.lm_head(hidden[row, layout.slot[row, before]])
-        return Output(F.cross_entropy(logits.float(), labels[row, before + 1]), None, thoughts)
+        logits, target = self.language_model.lm_head(hidden[row, layout.slot[row, before]]), labels[row, before + 1]
+        self.hits = (logits.detach().argmax(-1) == target).sum()
+        return Output(F.cross_entropy(logits.float(), target), None, thoughts)
 
     @torch.no_grad()
     def generate(self, input_ids, pixel_values=None, attention_mask=None, max_new_tokens=64, temperature=0.0, top_p=1.0,

@@ -19,6 +19,7 @@ import os
 import random
 import re
 import shutil
+import signal
 
 import numpy as np
 import torch
@@ -149,6 +150,33 @@ def collate(rows):
     return batch
 
 
+def micro_batches(batch, rows):
+    """A batch cut into parts of so many rows, each with its own tiles."""
+    if len(batch['input_ids']) <= rows:
+        return [batch]
+    batch, pixels = dict(batch), batch['pixel_values']
+    del batch['pixel_values']
+    parts = [dict(zip(batch, values)) for values in zip(*(v.split(rows) for v in batch.values()))]
+    tiles = [None] * len(parts) if pixels is None else pixels.split([int(part['num_tiles'].sum()) for part in parts])
+    return [dict(part, pixel_values=t) for part, t in zip(parts, tiles)]
+
+
+def batches(rows, groups, num_workers=0, pin_memory=False):
+    """Batches of `rows`, a data set, in host memory; `groups` is a list of lists of row numbers: workers decide nothing but time."""
+    loader = torch.utils.data.DataLoader(rows, batch_sampler=groups, collate_fn=collate, num_workers=num_workers, pin_memory=pin_memory,
+                                         generator=torch.Generator(), worker_init_fn=leave_signals_to_the_parent)
+    try:
+        yield from loader
+    except (ValueError, OSError) as error:  # a worker's error holds its traceback: the last line says it
+        raise ValueError(str(error).strip().splitlines()[-1]) from None
+
+
+def leave_signals_to_the_parent(worker):
+    """Ctrl-C, or a cluster, signals every process; the parent needs its workers until it has saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def extract_choice(text, choices):
     """
     (index of the chosen option, whether it could be read): the letter after 'answer is' or 'Answer:', else a letter that ends the
@@ -187,15 +215,18 @@ class Rows(torch.utils.data.Dataset):
     def __getitem__(self, i):
         return encode(self.rows[i], self.tokenizer, self.stage_of(i), load_tiles(self.rows[i], **self.tiles), **self.shape, **self.text)
 
-    def fits(self, i):
-        """Whether row i fits max_length. A token has a byte at least, so few rows need be tokenized to know."""
-        row, most = self.rows[i], self.shape['max_length']
+    def length(self, i, stage=None, count=None):
+        """Tokens of row i at a stage, without a look at its image; `count` counts those of a text."""
+        row, count = self.rows[i], count or (lambda text: len(self.tokenizer.encode(text, add_special_tokens=False)))
         tiles = count_tiles(*row['image_size'], self.tiles['size'], max_tiles=self.tiles['max_tiles']) if row.get('image') else 0
-        prompt, thoughts, target = build_text(row, self.stage, **self.text)
-        other = tiles * self.shape['num_image_tokens'] + (2 if row.get('image') else 0) + (thoughts + 2 if thoughts else 0)
-        parts = prompt.replace('<image>', ''), target or ''
-        length = lambda size: other + sum(map(size, parts)) + 1  # and the end token
-        return length(lambda t: len(t.encode())) <= most or length(lambda t: len(self.tokenizer.encode(t))) <= most
+        prompt, thoughts, target = build_text(row, self.stage if stage is None else stage, **self.text)
+        visual = tiles * self.shape['num_image_tokens'] + 2 * bool(row.get('image'))
+        return visual + count(prompt.replace('<image>', '')) + (thoughts + 2) * bool(thoughts) + count(target or '') + 1  # the end token
+
+    def fits(self, i):
+        """Whether row i fits max_length at each stage it may be drawn to. A token has a byte at least, so few rows are tokenized."""
+        most, stages = self.shape['max_length'], range(self.stage + 1) if self.uniform_prob else [self.stage]
+        return all(self.length(i, s, lambda text: len(text.encode())) <= most or self.length(i, s) <= most for s in stages)
 
 
 # --- images -----------------------------------------------------------------------------------------------------------

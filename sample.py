@@ -7,6 +7,7 @@ Answers questions about images with continuous thoughts.
 
 --image takes one file, several separated by commas, or a folder; all are answered in one batch.
 """
+import math
 import os
 import resource
 import time
@@ -15,7 +16,7 @@ import torch
 
 from configurator import configure
 from model import load_checkpoint, pick_device
-from prepare import LETTERS, collate, encode, extract_choice, load_image, tile_image
+from prepare import LETTERS, collate, encode, extract_choice, fill, load_image, tile_image
 
 # --- knobs ------------------------------------------------------------------------------------------------------------
 ckpt = 'out/best.pt'                      # a .pt of train.py, or a folder or hub id of InternVL
@@ -43,6 +44,44 @@ def find_images(image):
             raise ValueError(f'the folder {image} holds no image: give a file, or a folder of png, jpg, webp, bmp or gif files')
         return [os.path.join(image, n) for n in names]
     return [name.strip() for name in image.split(',')] if image else [None]
+
+
+def respond(model, tokenizer, batch, rows, answer, **generation):
+    """
+    Free-running answers to a batch: for each row a dict of text, tokens and thoughts; with choices also choice, its number, and parsed,
+    whether it could be read; with a known answer also right. `answer` is the template of the answer line.
+    """
+    new, said = model.generate(**batch, **generation), []
+    tokens = (new != model.config.pad_token_id).sum(1).tolist()
+    thoughts = (batch['input_ids'] == model.config.latent_token_id).sum(1).tolist()
+    for row, text, n, k in zip(rows, tokenizer.batch_decode(new, skip_special_tokens=True), tokens, thoughts):
+        one = dict(question_id=row.get('question_id'), text=text, tokens=n, thoughts=k, parsed=True)
+        if row.get('choices'):
+            one['choice'], one['parsed'] = extract_choice(text, row['choices'])
+        if 'answer' in row:
+            one['right'] = one['choice'] == row['correct_choice_idx'] if row.get('choices') else \
+                text.strip().split('\n')[-1] == fill(answer, row).split('\n')[-1]
+        said.append(one)
+    return said
+
+
+def summarize(answers, seconds):
+    """Metrics of what `respond` gave; accuracy, with Wilson's 95 % interval, where the answers are known."""
+    total, n, z = lambda key: sum(one[key] for one in answers), len(answers), 1.96
+    metrics = dict(tokens_per_answer=total('tokens') / n, thoughts_per_answer=total('thoughts') / n, unparsed=n - total('parsed'),
+                   examples=n, seconds_per_answer=seconds / n)
+    if 'right' in answers[0]:
+        p = total('right') / n
+        centre, half = (p + z * z / 2 / n) / (1 + z * z / n), z * math.sqrt(p * (1 - p) / n + z * z / 4 / n / n) / (1 + z * z / n)
+        metrics.update(accuracy=p, interval=[centre - half, centre + half])
+    return metrics
+
+
+def describe(metrics):
+    low, high = metrics.get('interval', (0, 0))
+    accuracy = f'accuracy {100 * metrics["accuracy"]:5.1f} % ({100 * low:.1f} to {100 * high:.1f})' if high else 'no labels'
+    return (f'{accuracy} of {metrics["examples"]}, {metrics["tokens_per_answer"]:.1f} tokens and {metrics["thoughts_per_answer"]:.1f} '
+            f'thoughts and {metrics["seconds_per_answer"]:.3f} s an answer, {metrics["unparsed"]} unparsed')
 
 
 if __name__ == '__main__':
@@ -77,21 +116,21 @@ if __name__ == '__main__':
         return thought
 
     began = time.time()
-    new = model.generate(**batch, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, edit_thought=keep)
+    said = respond(model, tokenizer, batch, [dict(choices=options)] * len(files), knobs['answer'], max_new_tokens=max_new_tokens,
+                   temperature=temperature, top_p=top_p, edit_thought=keep)
     seconds = time.time() - began
     usual = model.embed_text(torch.arange(config.vocab_size, device=device)).norm(dim=-1).mean()
-    for b, file in enumerate(files):
-        n, P = rows[b]['input_ids'].count(config.latent_token_id), 0 if tiles[b] is None else len(tiles[b])
-        print(f'\n{file or "no image"}: {P} tiles, {P * config.num_image_tokens} visual tokens, {n} thoughts, '
-              f'{int((new[b] != config.pad_token_id).sum())} tokens written')
-        for k in range(n if show_thoughts > 0 else 0):
+    for b, (file, one) in enumerate(zip(files, said)):
+        P = 0 if tiles[b] is None else len(tiles[b])
+        print(f'\n{file or "no image"}: {P} tiles, {P * config.num_image_tokens} visual tokens, {one["thoughts"]} thoughts, '
+              f'{one["tokens"]} tokens written')
+        for k in range(one['thoughts'] if show_thoughts > 0 else 0):
             p, top = model.language_model.lm_head(thoughts[k][b]).softmax(-1).topk(min(show_thoughts, config.vocab_size))
             says = '  '.join(f'{tokenizer.decode([t])!r} {q:.2f}' for q, t in zip(p.tolist(), top.tolist()))
             print(f'  thought {k + 1}: {says}  (norm {thoughts[k][b].norm():.2f}, an embedding has {usual:.2f})')
-        answer = tokenizer.decode(new[b], skip_special_tokens=True)
-        print(f'{question} {" | ".join(options)}'.rstrip() + f'\n{answer}')
+        print(f'{question} {" | ".join(options)}'.rstrip() + f'\n{one["text"]}')
         if options:
-            choice, parsed = extract_choice(answer, options)
-            print(f'-> {LETTERS[choice]}. {options[choice]}' if parsed else '-> no option could be read from this answer')
+            chosen = f'-> {LETTERS[one["choice"]]}. {options[one["choice"]]}'
+            print(chosen if one['parsed'] else '-> no option could be read from this answer')
     peak = torch.cuda.max_memory_allocated() if device == 'cuda' else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f'\n{len(files)} answers in {seconds:.1f} s on {device}, peak memory {peak / 1e9:.2f} GB')

@@ -7,7 +7,9 @@ import contextlib
 import io
 import json
 import os
+import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -768,6 +770,7 @@ def parquet(folder, split, rows):
 def script(*args, fails=False):
     """Runs one of the scripts as a user would, but in this process, which saves the imports; gives what it printed."""
     out, err, code, argv, hook = io.StringIO(), io.StringIO(), 0, sys.argv, sys.excepthook
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     sys.argv = list(map(str, args))
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -780,6 +783,8 @@ def script(*args, fails=False):
                 sys.excepthook(type(error), error, error.__traceback__)
     finally:
         sys.argv, sys.excepthook = argv, hook
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
     assert bool(code) == fails, out.getvalue()[-2000:] + err.getvalue()[-3000:]
     if fails:
         assert code == 1 and 'Traceback' not in err.getvalue(), err.getvalue()
@@ -922,22 +927,197 @@ def test_eval_only_measures_any_checkpoint(run, tmp_path):
     assert (tmp_path / '0' / 'predictions_test.json').read_text() == (top / 'out' / 'predictions_test.json').read_text()
 
 
-def test_micro_batches_and_resume(run):
-    """Micro-batches give the same losses to rounding; a run stopped inside an epoch and resumed the same weights bit for bit."""
+def events(folder, kind, drop=('time', 'seconds_per_answer', 'tokens_per_s', 'images_per_s', 'wait', 'memory_gb')):
+    """Logged lines without what a clock or the machine decides."""
+    lines = map(json.loads, open(folder / 'metrics.jsonl'))
+    return [{k: v for k, v in line.items() if k not in drop} for line in lines if line['event'] == kind]
+
+
+def assert_same_run(a, b):
+    """Weights, optimizer, random states and metrics of two finished runs, bit for bit."""
+    for name in ('best.pt', 'last.pt', 'epoch_1.pt', 'epoch_2.pt'):
+        one, two = (torch.load(folder / name, weights_only=True) for folder in (a, b))
+        assert all(torch.equal(two['model'][k], v) for k, v in one['model'].items()), name
+        assert all(one[k] == two[k] for k in ('stage', 'epoch', 'step', 'accuracy', 'best')), name
+        if name != 'best.pt':
+            states = [c['optimizer']['state'] for c in (one, two)]
+            assert all(torch.equal(states[1][p][k], v) for p, state in states[0].items() for k, v in state.items()), name
+            assert one['random'][:2] == two['random'][:2] and torch.equal(one['random'][2], two['random'][2]), name
+    for kind in ('train', 'eval', 'final', 'swapped'):
+        assert events(a, kind) == events(b, kind), kind
+    assert (a / 'predictions_test.json').read_text() == (b / 'predictions_test.json').read_text()
+
+
+def test_micro_batches_and_stopping_inside_an_epoch(run):
+    """Micro-batches give the same losses to rounding; a run stopped by max_steps and resumed is the run left alone."""
     top, _ = run
-    whole = weights_of(top / 'out' / 'last.pt')
     args = [*TOY, f'--data_dir={top}/data']
     script('train.py', *args, f'--out_dir={top}/micro', '--micro_batch_size=4')
-    losses = lambda name: [e['loss'] for e in map(json.loads, open(top / name / 'metrics.jsonl')) if e['event'] == 'train']
-    assert losses('micro') == pytest.approx(losses('out'), rel=1e-3)
+    losses = lambda name: [e['loss'] for e in events(top / name, 'train')]
+    assert losses('micro') == pytest.approx(losses('out'), rel=1e-3) and len(losses('out')) == 6
     script('train.py', *args, f'--out_dir={top}/resumed', '--max_steps=2')
     assert torch.load(top / 'resumed' / 'last.pt', weights_only=True)['epoch'] == 0
     script('train.py', *args, f'--out_dir={top}/resumed', '--max_steps=4', '--init_from=resume')
     script('train.py', *args, f'--out_dir={top}/resumed', '--init_from=resume')
-    resumed = weights_of(top / 'resumed' / 'last.pt')
-    assert all(torch.equal(resumed[k], whole[k]) for k in whole)
-    assert losses('resumed') == losses('out') and len(losses('out')) == 6
-    assert 'is not a multiple' in script('train.py', *args, f'--out_dir={top}/micro', '--micro_batch_size=5', fails=True)
+    assert_same_run(top / 'out', top / 'resumed')
+    assert len(json.load(open(top / 'resumed' / 'run.json'))) == 3
+    assert torch.load(top / 'resumed' / 'last.pt', weights_only=True)['knobs']['init_from'] == 'scratch'
+    assert 'batch_size=16 is not a multiple of 5: 1 rank(s)' in script('train.py', *args, f'--out_dir={top}/m', '--micro_batch_size=5', fails=True)
+
+
+def start(*args, **more):
+    return subprocess.Popen([sys.executable, *map(str, args)], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+
+
+def wait_for(process, there):
+    """Until there() holds, while the process runs."""
+    while not there():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+
+
+DYING = """
+import os, runpy, signal, sys, torch
+whole, count = torch.save, [0]
+def save(state, file):
+    count[0] += 1
+    if count[0] == 5:
+        file.write(b'half of a checkpoint')
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    whole(state, file)
+torch.save = save
+sys.argv = ['train.py', *sys.argv[1:]]
+runpy.run_path('train.py', run_name='__main__')
+"""
+
+
+def test_killed_at_any_moment(run, tmp_path):
+    """
+    SIGTERM inside an epoch, SIGKILL behind the stage switch, SIGKILL while a checkpoint is being written: resumed each time, the run
+    ends as one left alone, with activation checkpointing and workers.
+    """
+    top, _ = run
+    args = [*TOY, f'--data_dir={top}/data', '--activation_checkpointing=True', '--save_every=1', '--batch_size=4', '--num_workers=1']
+    script('train.py', *args, f'--out_dir={tmp_path}/alone')
+    out = tmp_path / 'killed'
+    args += [f'--out_dir={out}']
+    logged = lambda: len((out / 'metrics.jsonl').read_text().splitlines()) if (out / 'metrics.jsonl').exists() else 0
+    process = start('train.py', *args)
+    wait_for(process, lambda: logged() >= 3)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 143 and error.startswith('train.py: stopped by SIGTERM after step ') and error.count('\n') == 1, error
+    before = torch.load(out / 'last.pt', weights_only=True)
+    assert before['step'] == int(error.split('after step ')[1].split(',')[0]) >= 3
+    (tmp_path / 'dying.py').write_text(DYING)
+    process = start('-c', DYING, *args, '--init_from=resume')
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL and list(out.glob('*.part'))
+    assert torch.load(out / 'last.pt', weights_only=True)['step'] > before['step']
+    process = start('train.py', *args, '--init_from=resume')
+    wait_for(process, lambda: '"stage": 1' in (out / 'metrics.jsonl').read_text())
+    process.kill()
+    process.communicate()
+    script('train.py', *args, '--init_from=resume')
+    assert not list(out.glob('*.part'))
+    assert_same_run(tmp_path / 'alone', out)
+
+
+def test_ctrl_c_ends_evaluation_too(run, tmp_path):
+    """last.pt is written before the evaluation, so the answer to Ctrl-C need not wait for its end."""
+    top, _ = run
+    process = start('train.py', *TOY, f'--data_dir={top}/data', f'--out_dir={tmp_path}', '--eval_batch_size=1', '--epochs_stage0=1000')
+    wait_for(process, lambda: (tmp_path / 'epoch_1.pt').exists())
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and 'stopped by SIGINT after step' in error and 'Traceback' not in error
+    for file in tmp_path.glob('*.pt'):
+        torch.load(file, weights_only=True)
+    assert not list(tmp_path.glob('*.part'))
+
+
+@pytest.fixture(scope='module')
+def mixed(tmp_path_factory):
+    """Prepared rows with one to four tiles or no image, and one to three steps."""
+    top, rng = tmp_path_factory.mktemp('mixed'), np.random.default_rng(0)
+    rows = []
+    for i in range(9):
+        png = io.BytesIO()
+        Image.fromarray(rng.integers(0, 255, (28, (28, 60, 90)[i % 3], 3), dtype=np.uint8)).save(png, 'PNG')
+        rows.append(dict(RAW, question_id=f'row{i}', question=f'What is {i}?', rationales=['One.', 'Two two.', 'Three.'][:1 + i % 3],
+                         image=None if i % 4 == 0 else dict(bytes=png.getvalue(), path=None)))
+    for split in ('train', 'validation'):
+        parquet(top / 'in', split, rows)
+    script('prepare.py', '--dataset', top / 'in', '--data_dir', top / 'data', '--image_size=28', '--max_tiles=4', '--init_from=scratch', '--steps_from=all')
+    return [*TOY, '--prompt=<image>{question}\n{choices}\n', f'--data_dir={top}/data', '--image_size=28', '--max_tiles=4', '--max_length=256',
+            '--max_latent_stage=2', '--start_stage=2', '--pad_latent_to_max=False', '--batch_size=8', '--eval_batch_size=4']
+
+
+def test_two_ranks_are_one_process(mixed, tmp_path):
+    """
+    Rows with other tiles, thoughts and without an image; the last batch has one row for two ranks. Gradients are read from the
+    optimizer's first moment. One process, micro-batches and two gloo ranks agree to rounding, and count each validation row once.
+    """
+    script('train.py', *mixed, f'--out_dir={tmp_path}/one')
+    script('train.py', *mixed, f'--out_dir={tmp_path}/micro', '--micro_batch_size=2')
+    process = start('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'train.py', *mixed, f'--out_dir={tmp_path}/ranks', '--micro_batch_size=2')
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    assert out.count('step      1/2') == 1 and '2 rank(s), 2 micro-batch(es) of 2' in out
+    one, *others = (torch.load(tmp_path / name / 'last.pt', weights_only=True) for name in ('one', 'micro', 'ranks'))
+    assert one['step'] == 2 and one['stage'] == 2
+    for other in others:
+        states = one['optimizer']['state'], other['optimizer']['state']
+        assert states[0].keys() == states[1].keys() and len(states[0]) > 40
+        assert all(relative(states[1][p]['exp_avg'], state['exp_avg']) < 1e-4 for p, state in states[0].items())
+    for name in ('micro', 'ranks'):
+        for kind, keys in (('train', ('step', 'loss', 'token_accuracy', 'lr', 'grad_norm')), ('eval', ('loss', 'accuracy', 'tokens_per_answer', 'thoughts_per_answer', 'examples'))):
+            for a, b in zip(events(tmp_path / 'one', kind), events(tmp_path / name, kind), strict=True):
+                assert [a[k] for k in keys] == pytest.approx([b[k] for k in keys], rel=1e-4), (name, kind)
+    assert (tmp_path / 'one' / 'predictions_validation.json').read_text() == (tmp_path / 'ranks' / 'predictions_validation.json').read_text()
+    assert not list((tmp_path / 'ranks').glob('*.part'))
+
+
+def test_the_schedule_is_shown_before_it_is_run(run, mixed, tmp_path):
+    top, _ = run
+    toy = [*TOY, f'--data_dir={top}/data', f'--out_dir={tmp_path}/none', '--dry_run=True', '--max_latent_stage=2']
+    said = script('train.py', *toy, '--uniform_prob=0.5', '--epochs_last_stage=2', '--c_thought=3')
+    for line in ('stage 0: 1 epochs of 3 steps, 48 rows, 0 thoughts, 4 steps in words', 'stage 1: 1 epochs of 3 steps, 48 rows, 3 thoughts, 3 steps in words',
+                 'stage 2: 1 epochs of 3 steps, 48 rows, 6 thoughts, 2 steps in words', 'stage 3: 2 epochs of 3 steps, 48 rows, 6 thoughts, 0 steps in words'):
+        assert line in said
+    assert said.count('each row with chance 0.5 at an earlier stage') == 3 and '5 epochs, 15 steps' in said
+    assert '<img><IMG_CONTEXT>*9</img>Four doors from' in said and '<|start-latent|><|latent|>*6<|end-latent|>[[' in said
+    assert '<|im_end|>]]' in said and not (tmp_path / 'none').exists()
+    said = script('train.py', *toy, '--start_stage=2')
+    assert 'stage 1:' not in said and '1 epochs, 3 steps' in said
+    rates = lambda said: [line.split('learning rate ')[1] for line in said.splitlines() if line.startswith('stage')]
+    flags = '--learning_rate=1e-3', '--learning_rate_stage0=0', '--min_lr_ratio=0.1'
+    assert rates(script('train.py', *toy, *flags)) == ['5.0e-04 to 1.0e-03 to 1.0e-03'] * 3
+    assert rates(script('train.py', *toy, *flags, '--reset_optimizer=False')) == [
+        '5.0e-04 to 1.0e-03 to 1.0e-03', '9.6e-04 to 9.6e-04 to 6.5e-04', '4.5e-04 to 4.5e-04 to 1.4e-04']
+    assert '0 thoughts, 0 steps in words' in script('train.py', *toy, '--mode=no_cot')
+    assert '3 epochs of 3 steps, 48 rows, 0 thoughts, 4 steps in words' in script('train.py', *toy, '--mode=cot')
+    assert '2 to 4 thoughts, 0 to 1 steps in words' in script('train.py', *mixed, f'--out_dir={tmp_path}/none', '--dry_run=True')
+    assert '4 thoughts, 0 to 1 steps in words' in script('train.py', *mixed, '--pad_latent_to_max=True', '--dry_run=True')
+    assert 'start_stage=3: expected 0 to 2' in script('train.py', *toy, '--start_stage=3', fails=True)
+
+
+def test_the_optimizer_is_reset_or_kept(run):
+    """Kept, its step count runs through both stages."""
+    top, _ = run
+    steps = lambda name: {int(s['step']) for s in torch.load(top / name / 'last.pt', weights_only=True)['optimizer']['state'].values()}
+    script('train.py', *TOY, f'--data_dir={top}/data', f'--out_dir={top}/kept', '--reset_optimizer=False')
+    assert steps('kept') == {6} and steps('out') == {3}
+
+
+def test_a_run_starts_at_a_stage_from_a_checkpoint(run):
+    """From the end of stage 0 with a fresh optimizer, stage 1 is what it is in a run through both."""
+    top, _ = run
+    script('train.py', *TOY, f'--data_dir={top}/data', f'--out_dir={top}/later', f'--init_from={top}/out/epoch_1.pt', '--start_stage=1', '--max_steps=1')
+    first, = events(top / 'later', 'train')
+    fourth = events(top / 'out', 'train')[3]
+    assert (first['stage'], first['lr']) == (1, fourth['lr']) and first['epoch'] == 0  # another epoch number, so other rows
 
 
 @pytest.mark.parametrize('mode', ('cot', 'no_cot', 'pause', 'no_thoughts'))
@@ -992,19 +1172,64 @@ def test_bad_input_gets_one_sentence(run, tmp_path):
     assert not list((tmp_path / 'out').glob('*.part'))
 
 
-def test_ctrl_c_leaves_whole_files(run, tmp_path):
+def test_a_run_is_not_mixed_with_another(run, tmp_path):
     top, _ = run
-    process = subprocess.Popen([sys.executable, 'train.py', *TOY, f'--data_dir={top}/data', f'--out_dir={tmp_path}', '--epochs_stage0=1000'],
-                               cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / 'epoch_2.pt').exists():
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 130 and 'stopped by Ctrl-C' in error and 'Traceback' not in error
-    for file in tmp_path.glob('*.pt'):
-        torch.load(file, weights_only=True)
-    assert not list(tmp_path.glob('*.part'))
+    args = [*TOY, f'--data_dir={top}/data', '--max_steps=2', '--save_every=1']
+    script('train.py', *args, f'--out_dir={tmp_path}/out')
+    train = lambda *more: script('train.py', *args, f'--out_dir={tmp_path}/out', *more, fails=True)
+    assert 'holds another run (' in train() and '--overwrite=True' in train('--eval_only=True', f'--init_from={top}/out/best.pt')
+    said = train('--init_from=resume', '--seed=7', '--c_thought=1', '--batch_size=8')
+    assert 'c_thought=1 (was 2)' in said and 'batch_size=8 (was 16)' in said and 'seed=7 (was 0)' in said
+    (tmp_path / 'data').mkdir()
+    for split in ('train', 'validation'):
+        (tmp_path / 'data' / f'{split}.jsonl').write_text((top / 'data' / f'{split}.jsonl').read_text())
+    for part in ('images', 'tokenizer'):
+        os.symlink(top / 'data' / part, tmp_path / 'data' / part)
+    script('train.py', *args, f'--out_dir={tmp_path}/out', f'--data_dir={tmp_path}/data', '--init_from=resume')  # moved, but the same
+    with open(tmp_path / 'data' / 'train.jsonl', 'a') as f:
+        f.write((top / 'data' / 'validation.jsonl').read_text().splitlines()[0] + '\n')
+    assert 'its rows are not those the run began with' in train('--init_from=resume', f'--data_dir={tmp_path}/data')
+    os.remove(tmp_path / 'out' / 'last.pt')
+    assert 'no checkpoint at' in train('--init_from=resume')
+    shutil.copy(tmp_path / 'out' / 'best.pt', tmp_path / 'out' / 'last.pt')
+    assert 'holds no optimizer state' in train('--init_from=resume')
+    script('train.py', *args, f'--out_dir={tmp_path}/out', '--overwrite=True', '--max_steps=1')
+    assert [e['step'] for e in events(tmp_path / 'out', 'train')] == [1] and not list((tmp_path / 'out').glob('epoch_*'))
+
+
+def test_a_cut_last_checkpoint_is_said_and_nothing_chosen(run, tmp_path):
+    top, _ = run
+    shutil.copytree(top / 'out', tmp_path / 'out')
+    args = [*TOY, f'--data_dir={top}/data', f'--out_dir={tmp_path}/out', '--init_from=resume']
+    for name in ('last.pt', 'epoch_2.pt'):
+        data = (tmp_path / 'out' / name).read_bytes()
+        (tmp_path / 'out' / name).write_bytes(data[:len(data) // 2])
+    said = script('train.py', *args, fails=True)
+    assert 'last.pt is not a whole checkpoint' in said and 'the newest whole one is' in said and 'epoch_1.pt, after step 3: copy it to' in said
+    shutil.copy(tmp_path / 'out' / 'epoch_1.pt', tmp_path / 'out' / 'last.pt')
+    script('train.py', *args)
+    assert_same_run(top / 'out', tmp_path / 'out')
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path):
+    top, _ = run
+    bad = torch.load(top / 'out' / 'epoch_1.pt', weights_only=True)
+    bad['model']['language_model.model.norm.weight'].fill_(float('nan'))
+    torch.save(bad, tmp_path / 'bad.pt')
+    said = script('train.py', *TOY, f'--data_dir={top}/data', f'--out_dir={tmp_path}/out', f'--init_from={tmp_path}/bad.pt', fails=True)
+    assert 'the loss is nan' in said and 'in step 1 (stage 0, epoch 1), rows ' in said and len(re.findall(r'\b\d{5}\b', said)) == 16
+    out = tmp_path / 'huge'
+    said = script('train.py', *TOY, f'--data_dir={top}/data', f'--out_dir={out}', '--learning_rate_stage0=1e30', '--save_every=1', fails=True)
+    assert 'in step 2' in said or 'in step 3' in said
+    last = torch.load(out / 'last.pt', weights_only=True)
+    assert all(v.isfinite().all() for v in last['model'].values()) and f'in step {last["step"] + 1} ' in said
+
+
+def test_ranks_must_divide_the_batch(run, tmp_path, monkeypatch):
+    top, _ = run
+    monkeypatch.setenv('WORLD_SIZE', '3')
+    said = script('train.py', *TOY, f'--data_dir={top}/data', f'--out_dir={tmp_path}/out', fails=True)
+    assert 'batch_size=16 is not a multiple of 15: 3 rank(s) with micro-batches of 5' in said
 
 
 def test_coconuts_own_files_train_as_they_are(tmp_path):

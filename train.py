@@ -2,26 +2,45 @@
 Trains MultiCoCo through its curriculum: stage 0 writes every step, stage k hides the first k behind thoughts.
 
     python train.py config/toy.py                            the built-in data set, minutes on a CPU
+    python train.py config/toy.py --dry_run=True             what that will do: schedule, a row and a prompt of each stage
+    python train.py config/toy.py --init_from=resume         goes on where the run was stopped or killed
     python train.py config/aokvqa.py --max_latent_stage=4    InternVL3-1B on A-OKVQA
-    python train.py config/toy.py --init_from=resume         goes on after the last whole epoch
+    torchrun --standalone --nproc_per_node=8 train.py config/aokvqa.py    the same on 8 GPUs
 
-Leaves in out_dir: best.pt (best validation accuracy within the furthest stage), epoch_{k}.pt, last.pt, metrics.jsonl,
-metrics_epoch_{k}.json, predictions_{split}.json, curves.png.
+Leaves in out_dir: last.pt (to resume from), epoch_{k}.pt, best.pt (best validation accuracy within the furthest stage), run.json (how
+it was started), metrics.jsonl, metrics_epoch_{k}.json, predictions_{split}.json, curves.png.
 """
+import glob
+import hashlib
+import importlib.metadata
+import importlib.util
 import json
 import math
 import os
+import platform
+import random
+import re
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
 import time
-from contextlib import nullcontext
+from collections import Counter
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, fields
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure
 from model import Config, END_LATENT, IMG_CONTEXT, LATENT, MultiCoCo, START_LATENT, load_checkpoint, load_tokenizer, pick_device, read_checkpoint
-from prepare import ANSWER, PROMPT, Rows, collate, extract_choice, read_split, replacing
+from prepare import ANSWER, PROMPT, Rows, batches, build_text, micro_batches, read_split, replacing
+from sample import describe, respond, summarize
 
 # --- knobs: data ------------------------------------------------------------------------------------------------------
 data_dir = 'data/aokvqa'        # what prepare.py made
@@ -42,6 +61,7 @@ max_latent_stage = 4            # the last stage that hides one more step
 epochs_stage0 = 8               # epochs with every step written
 epochs_per_stage = 3
 epochs_last_stage = 0           # epochs of an optional last stage that hides all remaining steps
+start_stage = 0                 # begin here, from a checkpoint that has learnt the stages before
 pad_latent_to_max = True        # the same number of thoughts in rows with fewer steps
 uniform_prob = 0.0              # chance that a row is trained at a random earlier stage
 reset_optimizer = True          # a fresh optimizer, warm-up and cosine in every stage
@@ -62,8 +82,8 @@ vision_intermediate_size = 4096
 vision_num_layers = 24
 vision_num_heads = 16
 # optimization
-batch_size = 32                 # rows an optimizer step, over all micro-batches
-micro_batch_size = 0            # rows a forward pass; 0 for batch_size
+batch_size = 32                 # rows an optimizer step, over all micro-batches and ranks
+micro_batch_size = 0            # rows a forward pass; 0 for all that a rank has
 learning_rate = 5e-5            # peak, after stage 0
 learning_rate_stage0 = 0.0      # peak in stage 0; 0 for the same
 min_lr_ratio = 0.05             # where the cosine ends
@@ -80,42 +100,93 @@ dtype = 'auto'                  # 'auto', 'float32', 'bfloat16' (autocast, weigh
 threads = 0                     # CPU threads; 0 for torch's choice
 seed = 1337
 max_steps = 0                   # optimizer steps in all; 0 for all
-eval_only = False               # evaluate init_from at the furthest stage and stop
+save_every = 500                # steps between writes of last.pt inside an epoch; 0 for none
+overwrite = False               # let go of the run that out_dir holds
+dry_run = False                 # print schedule, rows and prompts, and stop
+eval_only = False               # evaluate init_from at its stage and stop
 eval_batch_size = 32
 max_new_tokens = 128
 log_interval = 50               # steps between log lines
+wandb = False                   # log to Weights & Biases as well
 # ----------------------------------------------------------------------------------------------------------------------
+# a resumed run may change these; any other knob would make it another run
+FREE = ('data_dir', 'out_dir', 'init_from', 'device', 'threads', 'num_workers', 'micro_batch_size', 'activation_checkpointing', 'cache_tiles',
+        'max_steps', 'save_every', 'overwrite', 'dry_run', 'eval_only', 'eval_batch_size', 'log_interval', 'wandb')
+STATE = ('epoch', 'place', 'step', 'stage', 'accuracy', 'best')  # what the loop counts, all of it saved
+SIGNALS = []                                                     # those that asked this process to stop
 
 
-def batches(rows, groups):
-    """Batches on the device; `groups` is a list of lists of row numbers."""
-    loader = DataLoader(rows, batch_sampler=groups, collate_fn=collate, num_workers=num_workers, pin_memory=device == 'cuda')
-    for batch in loader:
-        yield {k: v if v is None else v.to(device, non_blocking=True) for k, v in batch.items()}
+class Stage(NamedTuple):
+    stage: int
+    epochs: int
+    rows: list        # training rows that fit max_length at this stage
+    validation: list
+    steps: int        # optimizer steps an epoch
+    first: int        # steps of the run before this stage
+    peak: float       # learning rate
 
 
-def in_groups(n, size):
-    """range(n) in lists of nearly equal length, at most `size`."""
-    return [group.tolist() for group in np.array_split(np.arange(n), math.ceil(n / size))]
+# --- schedule ---------------------------------------------------------------------------------------------------------
+
+def rows_for(split, stage):
+    """The rows of a split that fit max_length at this stage; the others are counted."""
+    encoded = Rows(read_split(data_dir, split), split, stage, uniform_prob=uniform_prob, **row_knobs)
+    kept = [row for i, row in enumerate(encoded.rows) if encoded.fits(i)]
+    if len(kept) < len(encoded):
+        print(f'stage {stage}: {len(encoded) - len(kept)} of {len(encoded)} {split} rows need more than max_length={max_length}: dropped')
+    if not kept:
+        raise ValueError(f'no {split} row fits max_length={max_length} at stage {stage}: raise it, or lower max_tiles')
+    return kept
 
 
-def micro_batches(batch, rows):
-    """A batch cut into parts of so many rows, each with its own tiles."""
-    if len(batch['input_ids']) <= rows:
-        return [batch]
-    pixels = batch.pop('pixel_values')
-    parts = [dict(zip(batch, values)) for values in zip(*(v.split(rows) for v in batch.values()))]
-    tiles = [None] * len(parts) if pixels is None else pixels.split([int(part['num_tiles'].sum()) for part in parts])
-    return [dict(part, pixel_values=t) for part, t in zip(parts, tiles)]
+def make_schedule():
+    """The stages of the run, in order."""
+    wanted = [(0, epochs_stage0)] + [(k, epochs_per_stage) for k in range(1, max_latent_stage + 1)]
+    wanted += [(max_latent_stage + 1, epochs_last_stage)] if epochs_last_stage else []
+    if mode in ('cot', 'no_cot'):  # no curriculum: one stage of the same length
+        wanted = [(0, sum(epochs for _, epochs in wanted))]
+    if not 0 <= start_stage <= wanted[-1][0]:
+        raise ValueError(f'start_stage={start_stage}: expected 0 to {wanted[-1][0]}, the last stage of mode={mode}')
+    stages, first = [], 0
+    for stage, epochs in wanted:
+        if stage >= start_stage and epochs:
+            rows, validation = rows_for('train', stage), rows_for('validation', stage)
+            steps, peak = math.ceil(len(rows) / batch_size), learning_rate if stage else learning_rate_stage0 or learning_rate
+            stages.append(Stage(stage, epochs, rows, validation, steps, first, peak))
+            first += steps * epochs
+    if not stages:
+        raise ValueError('the schedule has no epoch: set epochs_stage0 or epochs_per_stage')
+    return stages
 
 
-def learning_rate_at(done, total, peak):
-    """Linear warm-up, then a cosine to min_lr_ratio of the peak; `done` of `total` steps."""
+def learning_rate_at(step, now):
+    """Linear warm-up, then a cosine to min_lr_ratio of the peak: over the stage where the optimizer is reset, else over the run."""
+    done, total = (step - now.first, now.steps * now.epochs) if reset_optimizer else (step, total_steps)
     if done < warmup_steps:
-        return peak * (done + 1) / warmup_steps
+        return now.peak * (done + 1) / warmup_steps
     cosine = (1 + math.cos(math.pi * (done - warmup_steps) / max(1, total - warmup_steps))) / 2
-    return peak * (min_lr_ratio + (1 - min_lr_ratio) * cosine)
+    return now.peak * (min_lr_ratio + (1 - min_lr_ratio) * cosine)
 
+
+def preview(now):
+    """One stage as it will be trained and asked."""
+    texts = [build_text(row, now.stage, **text_knobs) for row in now.rows]
+    span = lambda numbers: f'{min(numbers)}' if min(numbers) == max(numbers) else f'{min(numbers)} to {max(numbers)}'
+    rates = [learning_rate_at(s, now) for s in range(now.first, now.first + now.steps * now.epochs)]
+    training = Rows(now.rows, 'train', now.stage, **row_knobs)
+    row, asked = training[0], Rows(now.validation, 'validation', now.stage, supervised=False, **row_knobs)[0]
+    prompt = sum(label == -100 for label in row['labels'])
+    text = lambda ids: re.sub(r'(<[^<>\s]+>)\1+', lambda m: f'{m[1]}*{len(m[0]) // len(m[1])}', tokenizer.decode(ids))
+    mixed = f', each row with chance {uniform_prob:g} at an earlier stage' if uniform_prob and now.stage else ''
+    print(f'\nstage {now.stage}: {now.epochs} epochs of {now.steps} steps, {len(now.rows)} rows, {span([t[1] for t in texts])} thoughts, '
+          f'{span([t[2].count(chr(10)) - answer.count(chr(10)) for t in texts])} steps in words, learning rate '
+          f'{rates[0]:.1e} to {max(rates):.1e} to {rates[-1]:.1e}{mixed}')
+    print(f'--- training row {now.rows[0]["question_id"]}, {len(row["input_ids"])} tokens; supervised is what stands in [[ ]]\n'
+          f'{text(row["input_ids"][:prompt])}[[{text(row["input_ids"][prompt:])}]]\n'
+          f'--- prompt of validation row {now.validation[0]["question_id"]}, {len(asked["input_ids"])} tokens\n{text(asked["input_ids"])}', flush=True)
+
+
+# --- optimization and evaluation --------------------------------------------------------------------------------------
 
 def new_optimizer():
     """AdamW; weight decay on matrices only."""
@@ -124,95 +195,77 @@ def new_optimizer():
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), eps=adam_eps, weight_decay=weight_decay, fused=True)
 
 
-def interval(right, n, z=1.96):
-    """Wilson's 95 % interval of a share."""
-    centre, half = (right + z * z / 2) / (n + z * z), z * math.sqrt(right * (n - right) / n + z * z / 4) / (n + z * z)
-    return [centre - half, centre + half]
+def supervised(batch):
+    return int((batch['labels'][:, 1:] != -100).sum())
+
+
+def to_device(batch):
+    return {k: v if v is None else v.to(device, non_blocking=True) for k, v in batch.items()}
+
+
+def all_ranks(value):
+    """What each rank gave, in a list. Numbers of the host stay there: no GPU is waited for."""
+    values = [value] * world
+    if world > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def stop(signum, frame):
+    """SIGTERM and Ctrl-C: the loop saves after the step in hand and ends. The same again ends at once."""
+    SIGNALS.append(signum)
+    signal.signal(signum, signal.SIG_DFL)
+
+
+def leave():
+    by = SIGNALS[0] if SIGNALS else signal.SIGTERM  # none where another rank was asked
+    print(f'train.py: stopped by {signal.Signals(by).name} after step {step}, all is saved: go on with --init_from=resume', file=sys.stderr)
+    raise SystemExit(128 + by)
+
+
+def shared(rows, split, stage, **encoding):
+    """This rank's share of the evaluation of some rows: (their numbers, their batch), batch by batch."""
+    model.eval()
+    groups = [group.tolist() for group in np.array_split(np.arange(len(rows)), math.ceil(len(rows) / eval_batch_size))][rank::world]
+    for group, batch in zip(groups, batches(Rows(rows, split, stage, **encoding, **row_knobs), groups, **loading)):
+        if SIGNALS:
+            leave()  # last.pt was written before the evaluation began
+        yield group, to_device(batch)
+
+
+def merged(found):
+    """(row number, value) pairs of all ranks to the values in the rows' order, each row once."""
+    return [value for _, value in sorted(sum(all_ranks(found), []), key=lambda pair: pair[0])]
 
 
 @torch.no_grad()
 def evaluate(rows, split, stage, swap=False):
     """
-    Free-running greedy answers. Gives metrics, and text and chosen option of each row. With `swap`, each row is answered with the
-    thoughts that the row before it in the batch has when left alone.
+    Free-running greedy answers: metrics, and what was said to each row. With `swap`, each row is answered with the thoughts that the
+    row before it in the batch has when left alone.
     """
-    model.eval()
-    groups, answers, right, unparsed, tokens, thoughts, began = in_groups(len(rows), eval_batch_size), [], 0, 0, 0, 0, time.time()
-    for group, batch in zip(groups, batches(Rows(rows, split, stage, supervised=False, **row_knobs), groups)):
+    found, began = [], time.time()
+    for group, batch in shared(rows, split, stage, supervised=False):
         clean, hook = {}, edit
         with autocast:
             if swap:
                 model.generate(**batch, max_new_tokens=1, edit_thought=lambda k, t: clean.setdefault(k, t))
                 hook = lambda k, t: clean[k].roll(1, 0) if k in clean else t
-            new = model.generate(**batch, max_new_tokens=max_new_tokens, edit_thought=hook)
-        tokens += int((new != config.pad_token_id).sum())
-        thoughts += int((batch['input_ids'] == config.latent_token_id).sum())
-        for i, text in zip(group, tokenizer.batch_decode(new, skip_special_tokens=True)):
-            row, said = rows[i], dict(question_id=rows[i]['question_id'], text=text)
-            if row.get('choices'):
-                choice, parsed = extract_choice(text, row['choices'])
-                right, unparsed = right + (choice == row.get('correct_choice_idx')), unparsed + (not parsed)
-                said['choice'] = row['choices'][choice]
-            else:
-                right += text.strip().split('\n')[-1] == row['answer']
-            answers.append(said)
-    n = len(rows)
-    metrics = dict(tokens_per_answer=tokens / n, thoughts_per_answer=thoughts / n, unparsed=unparsed, examples=n,
-                   seconds_per_answer=(time.time() - began) / n)
-    return (dict(metrics, accuracy=right / n, interval=interval(right, n)) if 'answer' in rows[0] else metrics), answers
+            found += zip(group, respond(model, tokenizer, batch, [rows[i] for i in group], answer, max_new_tokens=max_new_tokens, edit_thought=hook))
+    answers = merged(found)
+    return summarize(answers, time.time() - began), answers
 
 
 @torch.no_grad()
 def validation_loss(rows, split, stage):
     """Mean cross entropy over the supervised tokens."""
-    model.eval()
-    total = count = 0
-    for batch in batches(Rows(rows, split, stage, **row_knobs), in_groups(len(rows), eval_batch_size)):
+    found = []
+    for group, batch in shared(rows, split, stage):
         with autocast:
             loss = model(**batch, edit_thought=edit).loss
-        here = int((batch['labels'] != -100).sum())
-        total, count = total + loss.item() * here, count + here
-    return total / count
-
-
-def log(event, **values):
-    with open(os.path.join(out_dir, 'metrics.jsonl'), 'a') as f:
-        f.write(json.dumps(dict(event=event, step=step, stage=stage, epoch=epoch, time=round(elapsed(), 2), **values)) + '\n')
-
-
-def elapsed():
-    """Seconds of this run, those before a resume included."""
-    return before + time.time() - started
-
-
-def save(name, resumable=True):
-    """A checkpoint of plain types and tensors, under a temporary name, then renamed."""
-    state = dict(model=model.state_dict(), config=asdict(config), tokenizer=tokenizer.backend_tokenizer.to_str(), knobs=knobs,
-                 stage=stage, epoch=epoch, step=step, accuracy=accuracy)
-    if resumable:
-        state.update(optimizer=optimizer.state_dict(), stage_step=stage_step, place=place, best=best, elapsed=elapsed(),
-                     rng=torch.get_rng_state())
-    with replacing(os.path.join(out_dir, name)) as part:
-        torch.save(state, part)
-
-
-def describe(metrics):
-    low, high = metrics.get('interval', (0, 0))
-    accuracy = f'accuracy {100 * metrics["accuracy"]:5.1f} % ({100 * low:.1f} to {100 * high:.1f})' if high else 'no labels'
-    return (f'{accuracy} of {metrics["examples"]}, {metrics["tokens_per_answer"]:.1f} tokens and {metrics["thoughts_per_answer"]:.1f} '
-            f'thoughts and {metrics["seconds_per_answer"]:.3f} s an answer, {metrics["unparsed"]} unparsed')
-
-
-def rows_for(split, stage):
-    """The rows of a split that fit max_length at this stage; the others are counted."""
-    rows = read_split(data_dir, split)
-    encoded = Rows(rows, split, stage, **row_knobs)
-    kept = [row for i, row in enumerate(rows) if encoded.fits(i)]
-    if len(kept) < len(rows):
-        print(f'stage {stage}: {len(rows) - len(kept)} of {len(rows)} {split} rows need more than max_length={max_length}: dropped')
-    if not kept:
-        raise ValueError(f'no {split} row fits max_length={max_length} at stage {stage}: raise it, or lower max_tiles')
-    return kept
+        found.append((group[0], (loss.item() * supervised(batch), supervised(batch))))
+    losses, counts = zip(*merged(found))
+    return sum(losses) / sum(counts)
 
 
 def report(stage):
@@ -225,36 +278,104 @@ def report(stage):
         metrics, answers = evaluate(rows, split, stage)
         print(f'{split}: {describe(metrics)}', flush=True)
         log('final', split=split, **metrics)
-        name = os.path.join(out_dir, f'predictions_{split}.json')
-        with replacing(name) as part, open(part, 'w') as f:
-            json.dump({a['question_id']: {'multiple_choice': a.get('choice', a['text'])} for a in answers}, f, indent=1)
+        options = (row['choices'][said['choice']] if 'choice' in said else said['text'] for row, said in zip(rows, answers))
+        write(f'predictions_{split}.json', {row['question_id']: {'multiple_choice': option} for row, option in zip(rows, options)})
         if 'accuracy' in metrics:
             labelled = split, rows, metrics
     return labelled
 
 
+# --- the run's folder: written by rank 0 alone --------------------------------------------------------------------------
+
+def elapsed():
+    """Seconds of this run, those before a resume included."""
+    return before + time.time() - started
+
+
+def log(event, **values):
+    if rank:
+        return
+    with open(os.path.join(out_dir, 'metrics.jsonl'), 'a') as f:
+        f.write(json.dumps(dict(event=event, step=step, stage=stage, epoch=epoch, time=round(elapsed(), 2), **values)) + '\n')
+    if wandb:
+        wandb_run.log({f'{event}/{k}': v for k, v in dict(values, stage=stage).items() if isinstance(v, (int, float))}, step=step)
+
+
+def write(name, content, mode='w'):
+    if not rank:
+        with replacing(os.path.join(out_dir, name)) as part, open(part, mode) as f:
+            f.write(content if mode == 'wb' else json.dumps(content, indent=1))
+
+
+def save(name, resumable=True):
+    """A checkpoint of plain types and tensors, on the disk under a temporary name before it takes its own."""
+    if rank:
+        return
+    state = dict(model=model.state_dict(), config=asdict(config), tokenizer=tokenizer.backend_tokenizer.to_str(), knobs=knobs,
+                 provenance=provenance, **{k: globals()[k] for k in STATE})
+    if resumable:  # the workers have no random state: a row's draw depends on seed, epoch and row
+        kind, keys, *rest = np.random.get_state()
+        state.update(optimizer=optimizer.state_dict(), elapsed=elapsed(), data=data, log_size=os.path.getsize(os.path.join(out_dir, 'metrics.jsonl')),
+                     random=[random.getstate(), (kind, keys.tolist(), *rest), torch.get_rng_state()])
+    with replacing(os.path.join(out_dir, name)) as part:
+        with open(part, 'wb') as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+
+
+def load_last():
+    """Model and tokenizer of last.pt. Where that is not whole, the error names what is; nothing is chosen silently."""
+    path = os.path.join(out_dir, 'last.pt')
+    try:
+        return load_checkpoint(path)
+    except ValueError as error:
+        for other in sorted(glob.glob(os.path.join(out_dir, 'epoch_*.pt')), key=os.path.getmtime, reverse=True):
+            with suppress(ValueError):
+                reached = read_checkpoint(other)['step']
+                raise OSError(f'{error}; the newest whole one is {other}, after step {reached}: copy it to {path} and resume') from None
+        raise
+
+
+def refuse_changes(saved):
+    """Raises ValueError where going on from `saved` would not be the run that it began as."""
+    if 'optimizer' not in saved:
+        raise ValueError(f'{out_dir}/last.pt holds no optimizer state: only a last.pt or an epoch_k.pt can be resumed from')
+    changed = [f'{k}={knobs[k]!r} (was {v!r})' for k, v in saved['knobs'].items() if k not in FREE and knobs.get(k, v) != v]
+    changed += [f'data_dir={data_dir!r} (its rows are not those the run began with)'] if saved['data'] != data else []
+    if changed:
+        raise ValueError(f'the run in {out_dir} began with other knobs: {", ".join(changed)}; set them back, or choose another --out_dir')
+
+
+def start_of_run():
+    """How this process was started, and on what."""
+    git = lambda *args: subprocess.run(['git', '-C', os.path.dirname(os.path.abspath(__file__)), *args], capture_output=True, text=True).stdout.strip()
+    commit = git('rev-parse', 'HEAD') + (' with changes' if git('status', '--porcelain', '-uno') else '') if shutil.which('git') else ''
+    return dict(command=shlex.join(sys.argv), time=time.strftime('%Y-%m-%d %H:%M:%S'), commit=commit, knobs=knobs, ranks=world,
+                versions={name: importlib.metadata.version(name) for name in ('torch', 'transformers', 'tokenizers', 'timm', 'numpy')},
+                python=platform.python_version(), host=platform.node(), threads=torch.get_num_threads(),
+                device=torch.cuda.get_device_name() if device == 'cuda' else platform.machine())
+
+
 def plot():
-    """curves.png: loss and accuracy over steps, stages marked."""
+    """curves.png: accuracy and loss over steps, stages marked."""
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
     with open(os.path.join(out_dir, 'metrics.jsonl')) as f:
         events = [json.loads(line) for line in f]
     trained, evaluated = ([e for e in events if e['event'] == kind] for kind in ('train', 'eval'))
-    figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(7, 4.5), height_ratios=(2, 1))
-    top.plot([e['step'] for e in evaluated], [100 * e['accuracy'] for e in evaluated], 'o-', ms=3, label='validation accuracy')
-    top.set_ylabel('accuracy, %')
-    top.set_ylim(0, 102)
-    bottom.semilogy([e['step'] for e in trained], [e['loss'] for e in trained], lw=0.8, label='training')
-    bottom.semilogy([e['step'] for e in evaluated], [e['loss'] for e in evaluated], 'o', ms=3, label='validation')
-    bottom.set_ylabel('loss')
-    bottom.set_xlabel('optimizer steps')
-    bottom.legend(fontsize=7)
-    ends = {e['stage']: e['step'] for e in evaluated}
-    for s, end in ends.items():
-        for axis in (top, bottom):
-            axis.axvline(end, color='grey', lw=0.5)
-        top.text(end, 4, f'stage {s} ', ha='right', fontsize=7)
+    figure, axes = plt.subplots(2, 1, sharex=True, figsize=(7, 4.5), height_ratios=(2, 1))
+    axes[0].plot([e['step'] for e in evaluated], [100 * e['accuracy'] for e in evaluated], 'o-', ms=3)
+    axes[0].set(ylabel='validation accuracy, %', ylim=(0, 102))
+    axes[1].semilogy([e['step'] for e in trained], [e['loss'] for e in trained], lw=0.8, label='training')
+    axes[1].semilogy([e['step'] for e in evaluated], [e['loss'] for e in evaluated], 'o', ms=3, label='validation')
+    axes[1].set(ylabel='loss', xlabel='optimizer steps')
+    axes[1].legend(fontsize=7)
+    for s, end in {e['stage']: e['step'] for e in evaluated}.items():
+        axes[0].axvline(end, color='grey', lw=0.5)
+        axes[1].axvline(end, color='grey', lw=0.5)
+        axes[0].text(end, 4, f'stage {s} ', ha='right', fontsize=7)
     figure.tight_layout()
     with replacing(os.path.join(out_dir, 'curves.png')) as part:
         figure.savefig(part, dpi=120, format='png')
@@ -263,18 +384,35 @@ def plot():
 
 if __name__ == '__main__':
     # --- setup --------------------------------------------------------------------------------------------------------
+    rank, local_rank, world = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))  # by torchrun
+    if rank:
+        sys.stdout = open(os.devnull, 'w')
     knobs = configure(globals())
     globals().update(knobs)
     if threads:
         torch.set_num_threads(threads)
     device = pick_device(device)
-    dtype = ('bfloat16' if device == 'cuda' else 'float32') if dtype == 'auto' else dtype
+    dtype = knobs['dtype'] = ('bfloat16' if device == 'cuda' else 'float32') if dtype == 'auto' else dtype
+    if dtype not in ('float32', 'bfloat16'):
+        raise ValueError(f'dtype={dtype!r}: expected auto, float32 or bfloat16')
     autocast = torch.autocast(device, torch.bfloat16) if dtype == 'bfloat16' else nullcontext()
-    micro = micro_batch_size or batch_size
-    if batch_size % micro:
-        raise ValueError(f'batch_size={batch_size} is not a multiple of micro_batch_size={micro}: make it one')
-    torch.manual_seed(seed)
-    os.makedirs(out_dir, exist_ok=True)
+    loading = dict(num_workers=num_workers, pin_memory=device == 'cuda')
+    micro = micro_batch_size or batch_size // world
+    if micro < 1 or batch_size % (micro * world):
+        raise ValueError(f'batch_size={batch_size} is not a multiple of {micro * world}: {world} rank(s) with micro-batches of {micro}; '
+                         'change one of them')
+    held = glob.glob(os.path.join(out_dir, '*.pt'))
+    if held and init_from != 'resume' and not (overwrite or dry_run):
+        raise ValueError(f'{out_dir} holds another run ({os.path.basename(held[0])}): go on with it by --init_from=resume, choose another '
+                         '--out_dir, or let go of it by --overwrite=True')
+    if device == 'cuda':
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(f'rank {local_rank} has no GPU, this machine has {torch.cuda.device_count()}: lower --nproc_per_node')
+        torch.cuda.set_device(local_rank)
+    if world > 1:
+        dist.init_process_group('cpu:gloo,cuda:nccl' if device == 'cuda' else 'gloo')
+    for seeded in (random.seed, np.random.seed, torch.manual_seed):
+        seeded(seed)
 
     # --- model --------------------------------------------------------------------------------------------------------
     if init_from == 'scratch':
@@ -289,111 +427,156 @@ if __name__ == '__main__':
             table = model.language_model.model.embed_tokens.weight
             table[markers] = table[tokenizer.encode('\n', add_special_tokens=False)[-1]].clone()
     else:
-        path = os.path.join(out_dir, 'last.pt') if init_from == 'resume' else init_from
-        model, tokenizer = load_checkpoint(path)
+        model, tokenizer = load_last() if init_from == 'resume' else load_checkpoint(init_from)
         config = model.config
+    saved, model.checkpoint = model.checkpoint, {}
     model.to(device).set_activation_checkpointing(activation_checkpointing)
     model.vision_model.requires_grad_(not freeze_vision)
     edit = model.as_pause if mode == 'pause' else None
-    parts = dict(vision=model.vision_model, projector=model.mlp1, language=model.language_model)
-    print('parameters: ' + ', '.join(f'{name} {sum(p.numel() for p in part.parameters()) / 1e6:.3f}M' for name, part in parts.items())
-          + (' (vision frozen)' if freeze_vision else '') + f'; {dtype} on {device}')
-
-    # --- data and schedule --------------------------------------------------------------------------------------------
-    row_knobs = dict(tokenizer=tokenizer, data_dir=data_dir, image_size=config.image_size, max_tiles=max_tiles, cache_tiles=cache_tiles,
-                     max_length=max_length, num_image_tokens=config.num_image_tokens, seed=seed,
-                     mode=mode, c_thought=c_thought, max_latent_stage=max_latent_stage, pad_latent_to_max=pad_latent_to_max,
-                     prompt=prompt, answer=answer, template=template, visual_bridge=visual_bridge)
-    schedule = [(0, epochs_stage0)] + [(k, epochs_per_stage) for k in range(1, max_latent_stage + 1)]
-    schedule += [(max_latent_stage + 1, epochs_last_stage)] if epochs_last_stage else []
-    if mode in ('cot', 'no_cot'):  # no curriculum: one stage of the same length
-        schedule = [(0, sum(epochs for _, epochs in schedule))]
-    total_epochs = sum(epochs for _, epochs in schedule)
+    for name, part in dict(vision=model.vision_model, projector=model.mlp1, language=model.language_model).items():
+        frozen = '' if any(p.requires_grad for p in part.parameters()) else ', frozen'
+        print(f'{name:>10}: {sum(p.numel() for p in part.parameters()) / 1e6:8.3f}M parameters{frozen}')
 
     # --- state: all that a resume needs, besides the model ------------------------------------------------------------
-    epoch = place = step = stage_step = stage = 0  # whole epochs done, batches of the next one, steps in all and in this stage
-    accuracy, best = 0.0, None                   # latest validation accuracy; [stage, accuracy, -loss] of best.pt
-    optimizer, before, started = new_optimizer(), 0.0, time.time()
-    if init_from == 'resume':
-        saved = model.checkpoint
-        epoch, place, step, stage_step, stage = (saved[k] for k in ('epoch', 'place', 'step', 'stage_step', 'stage'))
-        accuracy, best, before = saved['accuracy'], saved['best'], saved['elapsed']
-        optimizer.load_state_dict(saved['optimizer'])
-        torch.set_rng_state(saved['rng'])
-        print(f'resumed in stage {stage} after {epoch} epochs, {step} steps')
+    epoch = place = step = 0     # whole epochs done, batches of the next one, optimizer steps
+    accuracy, best = 0.0, None   # latest validation accuracy; [stage, accuracy, -loss] of best.pt
+    before, started, optimizer = 0.0, time.time(), new_optimizer()
+    meter, provenance, starts, lines = Counter(), start_of_run(), [], b''
+
+    # --- data and schedule --------------------------------------------------------------------------------------------
+    text_knobs = dict(mode=mode, c_thought=c_thought, max_latent_stage=max_latent_stage, pad_latent_to_max=pad_latent_to_max,
+                      prompt=prompt, answer=answer, template=template, visual_bridge=visual_bridge)
+    row_knobs = dict(tokenizer=tokenizer, data_dir=data_dir, image_size=config.image_size, max_tiles=max_tiles, cache_tiles=cache_tiles,
+                     max_length=max_length, num_image_tokens=config.num_image_tokens, seed=seed, **text_knobs)
     if eval_only:
-        stage = model.checkpoint.get('stage', 0)  # a checkpoint that is not ours writes its steps
+        os.makedirs(out_dir, exist_ok=True)
+        stage = saved.get('stage', 0)  # a checkpoint that is not ours writes its steps
         report(stage)
         raise SystemExit(0)
-    path = os.path.join(out_dir, 'metrics.jsonl')  # lines of a run that got further than its last checkpoint, or of another run, go
-    kept = [line for line in open(path) if json.loads(line)['step'] <= step] if init_from == 'resume' else []
-    with replacing(path) as part, open(part, 'w') as f:
-        f.writelines(kept)
+    stages = make_schedule()
+    stage, epochs, total_steps = stages[0].stage, [s for s in stages for _ in range(s.epochs)], sum(s.steps * s.epochs for s in stages)
+    last_step = min(total_steps, max_steps or total_steps)
+    some = Rows(stages[0].rows[:64], 'train', stage, **row_knobs)
+    print(f'{batch_size} rows a step: {world} rank(s), {batch_size // world // micro} micro-batch(es) of {micro}; about '
+          f'{sum(map(some.length, range(len(some)))) / len(some) * batch_size:.0f} tokens and '
+          f'{sum("image" in row for row in some.rows) / len(some) * batch_size:.0f} images\n'
+          f'{len(epochs)} epochs, {total_steps} steps; {dtype} on {provenance["device"]}', flush=True)
+    if dry_run:
+        for now in stages:
+            preview(now)
+        raise SystemExit(0)
+    data = hashlib.sha256(b''.join(open(os.path.join(data_dir, f'{s}.jsonl'), 'rb').read() for s in ('train', 'validation'))).hexdigest()
+    if init_from == 'resume':
+        refuse_changes(saved)
+        globals().update({k: saved[k] for k in STATE}, before=saved['elapsed'])
+        optimizer.load_state_dict(saved['optimizer'])
+        for restore, state in zip((random.setstate, np.random.set_state, torch.set_rng_state), saved['random']):
+            restore(state)
+        knobs['init_from'] = saved['knobs']['init_from']
+        lines = open(os.path.join(out_dir, 'metrics.jsonl'), 'rb').read()[:saved['log_size']]  # what came after will be logged again
+        starts = json.load(open(os.path.join(out_dir, 'run.json')))
+        print(f'resumed in stage {stage} after {epoch} epochs, {step} steps')
+    saved = None
+    for kind in ('*.part',) if init_from == 'resume' else ('*.part', '*.pt', 'metrics_epoch_*', 'predictions_*', 'curves.png'):
+        for path in glob.glob(os.path.join(out_dir, kind)) if not rank else ():
+            os.remove(path)  # what a killed process was writing; with overwrite, the earlier run
+    write('metrics.jsonl', lines, 'wb')
+    write('run.json', [*starts, provenance])
+    if wandb and not rank:
+        if not importlib.util.find_spec('wandb'):
+            raise ValueError('wandb=True, but wandb is not installed: pip install wandb, or leave it out')
+        wandb_run = importlib.import_module('wandb').init(project='multicoco', dir=out_dir, group=out_dir.replace('/', '-'), config=knobs)
+    text_only = not all(row.get('image') for now in stages for row in now.rows)  # these leave the vision tower without a gradient
+    network = model if world == 1 else DistributedDataParallel(model, find_unused_parameters=text_only)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, stop)
+    if not step:
+        save('last.pt')  # from here on the run can be killed at any moment
 
     # --- the loop -----------------------------------------------------------------------------------------------------
-    stage_of_epoch = [k for k, epochs in schedule for _ in range(epochs)]
-    rows = None
-    while epoch < total_epochs and not 0 < max_steps <= step:
-        if rows is None or stage_of_epoch[epoch] != stage:
-            if stage_of_epoch[epoch] != stage:
-                stage, stage_step = stage_of_epoch[epoch], 0
-                if reset_optimizer:
-                    optimizer = new_optimizer()
-            rows, validation = rows_for('train', stage), rows_for('validation', stage)
-            steps_per_epoch = math.ceil(len(rows) / batch_size)
-            peak = learning_rate_stage0 if stage == 0 and learning_rate_stage0 else learning_rate
-            stage_steps = steps_per_epoch * stage_of_epoch.count(stage)
-        order = np.random.default_rng((seed, epoch)).permutation(len(rows)).tolist()
+    while epoch < len(epochs) and step < last_step:
+        now = epochs[epoch]
+        if now.stage != stage:
+            stage = now.stage
+            if reset_optimizer:
+                optimizer = new_optimizer()
+        order = np.random.default_rng((seed, epoch)).permutation(len(now.rows)).tolist()
         groups = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
-        training = Rows(rows, 'train', stage, uniform_prob=uniform_prob, epoch=epoch, **row_knobs)
+        mine = [group[rank::world] or group[:1] for group in groups]  # a rank without a row takes one that counts nothing
+        training = Rows(now.rows, 'train', stage, uniform_prob=uniform_prob, epoch=epoch, **row_knobs)
         model.train()
-        for batch in batches(training, groups[place:]):
-            lr = (learning_rate_at(stage_step, stage_steps, peak) if reset_optimizer else
-                  learning_rate_at(step, steps_per_epoch * total_epochs, peak))
+        meter.clear()
+        since = waiting = time.time()
+        for batch in batches(training, mine[place:], **loading):
+            meter['wait'] += time.time() - waiting
+            parts, counts = micro_batches(batch, micro), rank < len(groups[place])
+            here = counts * supervised(batch), counts * int(batch['attention_mask'].sum()), counts * int((batch['num_tiles'] > 0).sum())
+            total, tokens, images, signals = map(sum, zip(*all_ranks((*here, len(SIGNALS)))))
+            if signals:
+                save('last.pt')
+                leave()
+            lr = learning_rate_at(step, now)
             for group in optimizer.param_groups:
                 group['lr'] = lr
-            supervised, loss = int((batch['labels'][:, 1:] != -100).sum()), 0.0
-            for part in micro_batches(batch, micro):
-                share = int((part['labels'][:, 1:] != -100).sum()) / supervised  # so that every supervised token counts the same
-                with autocast:
-                    part_loss = model(**part, edit_thought=edit).loss * share
-                part_loss.backward()
-                loss += part_loss.detach()
-            loss = loss.item()
-            if not math.isfinite(loss):
-                raise ValueError(f'the loss is {loss} at step {step} (stage {stage}, epoch {epoch}): the last checkpoint is kept, '
-                                 'lower the learning rate')
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip).item()
+            loss = hits = 0.0
+            for part in parts:
+                share = counts * supervised(part) / total  # so that every supervised token of all micro-batches and ranks counts the same
+                with nullcontext() if network is model or part is parts[-1] else network.no_sync():
+                    with autocast:
+                        out = network(**to_device(part), edit_thought=edit)
+                    (out.loss * share * world).backward()  # the wrapper takes the mean over the ranks
+                loss, hits = loss + out.loss.detach() * share, hits + model.hits * counts / total
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+            loss, hits, norm = torch.stack((loss, hits, norm)).tolist()  # the only wait for the device
+            loss, hits = map(sum, zip(*all_ranks([loss, hits])))
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                names = ', '.join(str(now.rows[i]['question_id']) for i in groups[place])
+                raise ValueError(f'the loss is {loss} and the gradient norm {norm} in step {step + 1} (stage {stage}, epoch {epoch + 1}), rows '
+                                 f'{names}: {out_dir}/last.pt is from before; lower the learning rate, or look at these rows')
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            step, stage_step, place = step + 1, stage_step + 1, place + 1
-            if step % log_interval == 0 or step == max_steps:
-                eta = ((total_epochs - epoch) * steps_per_epoch - place) * elapsed() / step
-                print(f'step {step:6d} | stage {stage} | epoch {epoch + 1:3d}/{total_epochs} | loss {loss:7.4f} | lr {lr:.1e} | '
-                      f'grad {norm:6.2f} | {1e3 * elapsed() / step:6.0f} ms/step | ETA {int(eta) // 60:3d}m{int(eta) % 60:02d}s', flush=True)
-                log('train', loss=loss, lr=lr, grad_norm=norm)
-            if step == max_steps:
+            step, place = step + 1, place + 1
+            meter.update(tokens=tokens, images=images)
+            if step % log_interval == 0 or step == last_step:
+                seconds, table, fed = time.time() - since, model.language_model.model.embed_tokens.weight, out.thoughts.detach().norm(dim=-1)
+                memory = torch.cuda.max_memory_allocated() if device == 'cuda' else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+                v = dict(loss=loss, token_accuracy=hits, lr=lr, grad_norm=norm, memory_gb=memory / 1e9, wait=meter['wait'] / seconds,
+                         tokens_per_s=meter['tokens'] / seconds, images_per_s=meter['images'] / seconds,
+                         thought_ratio=(fed[fed > 0].mean() / table.norm(dim=-1).mean()).item() if fed.any() else 0.0)
+                eta = int((last_step - step) * elapsed() / step)
+                print(f'step {step:6d}/{last_step} | stage {stage} | loss {loss:7.4f} | acc {100 * hits:5.1f} % | lr {lr:.1e} | grad {norm:6.2f} | '
+                      f'thought {v["thought_ratio"]:4.2f} | {v["tokens_per_s"]:6.0f} tok/s | {v["images_per_s"]:6.1f} img/s | '
+                      f'wait {100 * v["wait"]:3.0f} % | {memory / 1e9:5.2f} GB | ETA {eta // 60:3d}m{eta % 60:02d}s', flush=True)
+                log('train', **v)
+                meter.clear()
+                since = time.time()
+            if step == last_step:
                 break
-        if whole := place == len(groups):
+            if save_every and step % save_every == 0:
+                save('last.pt')
+            waiting = time.time()
+        save('last.pt')  # before the evaluation, so that a kill there costs nothing but it
+        metrics, answers = evaluate(now.validation, 'validation', stage)
+        metrics['loss'] = validation_loss(now.validation, 'validation', stage)
+        whole, accuracy = place == len(groups), metrics['accuracy']
+        if whole:
             epoch, place = epoch + 1, 0
-        metrics, answers = evaluate(validation, 'validation', stage)
-        metrics['loss'] = validation_loss(validation, 'validation', stage)
-        accuracy = metrics['accuracy']
         print(f'epoch {epoch:3d} | stage {stage} | {describe(metrics)}, loss {metrics["loss"]:.4f}', flush=True)
         log('eval', **metrics)
-        with replacing(os.path.join(out_dir, f'metrics_epoch_{epoch}.json')) as part, open(part, 'w') as f:
-            json.dump(dict(metrics, stage=stage, epoch=epoch, step=step), f, indent=1)
+        write(f'metrics_epoch_{epoch}.json', dict(metrics, stage=stage, epoch=epoch, step=step))
         key = [stage, accuracy, -metrics['loss']]
         if best is None or key >= best:
             best = key
             save('best.pt', resumable=False)
-        if whole:
+        if whole:  # else max_steps ended the run inside an epoch: resumed from last.pt, it is as if that had not been
             save(f'epoch_{epoch}.pt')
-        save('last.pt')
-        if epoch == total_epochs or stage_of_epoch[epoch] != stage or step == max_steps:
+            save('last.pt')
+        if not rank and (step == last_step or epochs[epoch].stage != stage):
             plot()
 
     # --- what came out ------------------------------------------------------------------------------------------------
+    if world > 1:
+        dist.barrier()  # best.pt is whole
     saved = read_checkpoint(os.path.join(out_dir, 'best.pt'))
     model.load_state_dict(saved['model'])
     stage, epoch, step = saved['stage'], saved['epoch'], saved['step']
@@ -404,3 +587,5 @@ if __name__ == '__main__':
         log('swapped', split=split, **swapped)
         print(f'{split} clean {100 * metrics["accuracy"]:.1f} %, with the thoughts of another image {100 * swapped["accuracy"]:.1f} %')
     print(f'{elapsed() / 60:.1f} minutes')
+    if world > 1:
+        dist.destroy_process_group()
