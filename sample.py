@@ -79,9 +79,10 @@ def summarize(answers, seconds):
 
 def describe(metrics):
     low, high = metrics.get('interval', (0, 0))
-    accuracy = f'accuracy {100 * metrics["accuracy"]:5.1f} % ({100 * low:.1f} to {100 * high:.1f})' if high else 'no labels'
-    return (f'{accuracy} of {metrics["examples"]}, {metrics["tokens_per_answer"]:.1f} tokens and {metrics["thoughts_per_answer"]:.1f} '
-            f'thoughts and {metrics["seconds_per_answer"]:.3f} s an answer, {metrics["unparsed"]} unparsed')
+    known = f'accuracy {100 * metrics["accuracy"]:5.1f} % ({100 * low:.1f} to {100 * high:.1f})' if high else 'no labels'
+    loss = f', loss {metrics["loss"]:.4f}' if 'loss' in metrics else ''
+    return (f'{known} of {metrics["examples"]}, {metrics["tokens_per_answer"]:.1f} tokens and {metrics["thoughts_per_answer"]:.1f} '
+            f'thoughts and {metrics["seconds_per_answer"]:.3f} s an answer, {metrics["unparsed"]} unparsed{loss}')
 
 
 if __name__ == '__main__':

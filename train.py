@@ -223,49 +223,35 @@ def leave():
     raise SystemExit(128 + by)
 
 
-def shared(rows, split, stage, **encoding):
-    """This rank's share of the evaluation of some rows: (their numbers, their batch), batch by batch."""
-    model.eval()
-    groups = [group.tolist() for group in np.array_split(np.arange(len(rows)), math.ceil(len(rows) / eval_batch_size))][rank::world]
-    for group, batch in zip(groups, batches(Rows(rows, split, stage, **encoding, **row_knobs), groups, **loading)):
-        if SIGNALS:
-            leave()  # last.pt was written before the evaluation began
-        yield group, to_device(batch)
-
-
-def merged(found):
-    """(row number, value) pairs of all ranks to the values in the rows' order, each row once."""
-    return [value for _, value in sorted(sum(all_ranks(found), []), key=lambda pair: pair[0])]
-
-
 @torch.no_grad()
 def evaluate(rows, split, stage, swap=False):
     """
     Free-running greedy answers: metrics, and what was said to each row. With `swap`, each row is answered with the thoughts that the
-    row before it in the batch has when left alone.
+    row before it in the batch has when left alone. The ranks share the batches.
     """
-    found, began = [], time.time()
-    for group, batch in shared(rows, split, stage, supervised=False):
-        clean, hook = {}, edit
+    model.eval()
+    groups = [group.tolist() for group in np.array_split(np.arange(len(rows)), math.ceil(len(rows) / eval_batch_size))][rank::world]
+    load = lambda **encoding: zip(groups, batches(Rows(rows, split, stage, **encoding, **row_knobs), groups, **loading))
+    merged = lambda found: [value for _, value in sorted(sum(all_ranks(found), []), key=lambda pair: pair[0])]  # each row once, in order
+    said, losses, began = [], [], time.time()
+    for group, batch in load(supervised=False):
+        if SIGNALS:
+            leave()  # last.pt was written before the evaluation began
+        batch, clean, hook = to_device(batch), {}, edit
         with autocast:
             if swap:
                 model.generate(**batch, max_new_tokens=1, edit_thought=lambda k, t: clean.setdefault(k, t))
                 hook = lambda k, t: clean[k].roll(1, 0) if k in clean else t
-            found += zip(group, respond(model, tokenizer, batch, [rows[i] for i in group], answer, max_new_tokens=max_new_tokens, edit_thought=hook))
-    answers = merged(found)
-    return summarize(answers, time.time() - began), answers
-
-
-@torch.no_grad()
-def validation_loss(rows, split, stage):
-    """Mean cross entropy over the supervised tokens."""
-    found = []
-    for group, batch in shared(rows, split, stage):
-        with autocast:
-            loss = model(**batch, edit_thought=edit).loss
-        found.append((group[0], (loss.item() * supervised(batch), supervised(batch))))
-    losses, counts = zip(*merged(found))
-    return sum(losses) / sum(counts)
+            said += zip(group, respond(model, tokenizer, batch, [rows[i] for i in group], answer, max_new_tokens=max_new_tokens, edit_thought=hook))
+    said = merged(said)
+    metrics = summarize(said, time.time() - began)
+    if 'accuracy' in metrics and not swap:
+        for group, batch in load():
+            with autocast:
+                losses.append((group[0], (model(**to_device(batch), edit_thought=edit).loss.item() * supervised(batch), supervised(batch))))
+        total, count = map(sum, zip(*merged(losses)))
+        metrics['loss'] = total / count  # mean cross entropy over the supervised tokens
+    return metrics, said
 
 
 def report(stage):
@@ -351,10 +337,10 @@ def start_of_run():
     """How this process was started, and on what."""
     git = lambda *args: subprocess.run(['git', '-C', os.path.dirname(os.path.abspath(__file__)), *args], capture_output=True, text=True).stdout.strip()
     commit = git('rev-parse', 'HEAD') + (' with changes' if git('status', '--porcelain', '-uno') else '') if shutil.which('git') else ''
-    return dict(command=shlex.join(sys.argv), time=time.strftime('%Y-%m-%d %H:%M:%S'), commit=commit, knobs=knobs, ranks=world,
-                versions={name: importlib.metadata.version(name) for name in ('torch', 'transformers', 'tokenizers', 'timm', 'numpy')},
-                python=platform.python_version(), host=platform.node(), threads=torch.get_num_threads(),
-                device=torch.cuda.get_device_name() if device == 'cuda' else platform.machine())
+    packages = {name: importlib.metadata.version(name) for name in ('torch', 'transformers', 'tokenizers', 'timm', 'numpy')}
+    return dict(command=shlex.join(sys.argv), time=time.strftime('%Y-%m-%d %H:%M:%S'), commit=commit, host=platform.node(), ranks=world,
+                device=torch.cuda.get_device_name() if device == 'cuda' else platform.machine(), threads=torch.get_num_threads(),
+                versions=dict(packages, python=platform.python_version()), knobs=knobs)
 
 
 def plot():
@@ -373,9 +359,9 @@ def plot():
     axes[1].set(ylabel='loss', xlabel='optimizer steps')
     axes[1].legend(fontsize=7)
     for s, end in {e['stage']: e['step'] for e in evaluated}.items():
-        axes[0].axvline(end, color='grey', lw=0.5)
-        axes[1].axvline(end, color='grey', lw=0.5)
         axes[0].text(end, 4, f'stage {s} ', ha='right', fontsize=7)
+        for axis in axes:
+            axis.axvline(end, color='grey', lw=0.5)
     figure.tight_layout()
     with replacing(os.path.join(out_dir, 'curves.png')) as part:
         figure.savefig(part, dpi=120, format='png')
@@ -509,8 +495,8 @@ if __name__ == '__main__':
         since = waiting = time.time()
         for batch in batches(training, mine[place:], **loading):
             meter['wait'] += time.time() - waiting
-            parts, counts = micro_batches(batch, micro), rank < len(groups[place])
-            here = counts * supervised(batch), counts * int(batch['attention_mask'].sum()), counts * int((batch['num_tiles'] > 0).sum())
+            parts, busy = micro_batches(batch, micro), rank < len(groups[place])
+            here = [busy * int(n) for n in (supervised(batch), batch['attention_mask'].sum(), (batch['num_tiles'] > 0).sum())]
             total, tokens, images, signals = map(sum, zip(*all_ranks((*here, len(SIGNALS)))))
             if signals:
                 save('last.pt')
@@ -520,12 +506,12 @@ if __name__ == '__main__':
                 group['lr'] = lr
             loss = hits = 0.0
             for part in parts:
-                share = counts * supervised(part) / total  # so that every supervised token of all micro-batches and ranks counts the same
+                share = busy * supervised(part) / total  # so that every supervised token of all micro-batches and ranks counts the same
                 with nullcontext() if network is model or part is parts[-1] else network.no_sync():
                     with autocast:
                         out = network(**to_device(part), edit_thought=edit)
                     (out.loss * share * world).backward()  # the wrapper takes the mean over the ranks
-                loss, hits = loss + out.loss.detach() * share, hits + model.hits * counts / total
+                loss, hits = loss + out.loss.detach() * share, hits + model.hits * busy / total
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
             loss, hits, norm = torch.stack((loss, hits, norm)).tolist()  # the only wait for the device
             loss, hits = map(sum, zip(*all_ranks([loss, hits])))
@@ -556,12 +542,11 @@ if __name__ == '__main__':
                 save('last.pt')
             waiting = time.time()
         save('last.pt')  # before the evaluation, so that a kill there costs nothing but it
-        metrics, answers = evaluate(now.validation, 'validation', stage)
-        metrics['loss'] = validation_loss(now.validation, 'validation', stage)
+        metrics, _ = evaluate(now.validation, 'validation', stage)
         whole, accuracy = place == len(groups), metrics['accuracy']
         if whole:
             epoch, place = epoch + 1, 0
-        print(f'epoch {epoch:3d} | stage {stage} | {describe(metrics)}, loss {metrics["loss"]:.4f}', flush=True)
+        print(f'epoch {epoch:3d} | stage {stage} | {describe(metrics)}', flush=True)
         log('eval', **metrics)
         write(f'metrics_epoch_{epoch}.json', dict(metrics, stage=stage, epoch=epoch, step=step))
         key = [stage, accuracy, -metrics['loss']]
