@@ -284,7 +284,7 @@ def log(event, **values):
     with open(os.path.join(out_dir, 'metrics.jsonl'), 'a') as f:
         f.write(json.dumps(dict(event=event, step=step, stage=stage, epoch=epoch, time=round(elapsed(), 2), **values)) + '\n')
     if wandb:
-        wandb_run.log({f'{event}/{k}': v for k, v in dict(values, stage=stage).items() if isinstance(v, (int, float))}, step=step)
+        wandb_run.log({f'{event}/{k}': v for k, v in dict(values, stage=stage, step=step).items() if isinstance(v, (int, float))})
 
 
 def write(name, content, mode='w'):

@@ -21,3 +21,4 @@ learning_rate = 5e-5         # instruct models are known to want less, near 1e-5
 freeze_vision = True         # 17,056 questions are few for 300M parameters that already see well, and it saves a third of the memory
 activation_checkpointing = True
 dtype = 'bfloat16'
+num_workers = 4              # for each GPU
