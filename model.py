@@ -108,7 +108,13 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)  # under autocast the norms give float32
         keys, values = extend(k, v)  # [B, K, all so far, head_dim]
-        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        if mask is None:
+            y = F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=True)
+        else:  # the G query heads of a key head as G queries: fused kernels take a mask or grouped queries, not both
+            G = q.shape[1] // k.shape[1]
+            q = rearrange(q, 'b (k g) t d -> b k (g t) d', g=G)
+            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask.repeat(1, 1, G, 1))
+            y = rearrange(y, 'b k (g t) d -> b (k g) t d', g=G)
         return self.o_proj(rearrange(y, 'b h t d -> b t (h d)')), k, v
 
 
@@ -157,23 +163,20 @@ class GrowingCache:
 
 
 class StaticCache:
-    """Keys and values written in place into [B, K, size, head_dim], for decoding without gradients."""
+    """What a GrowingCache holds, with room for `more` slots that are written in place: for decoding without gradients."""
 
-    def __init__(self, c, batch, size, like):
-        shape = (c.num_hidden_layers, 2, batch, c.num_key_value_heads, size, c.head_dim)
-        self.kv, self.used = torch.zeros(shape, dtype=like.dtype, device=like.device), [0] * c.num_hidden_layers
+    def __init__(self, grown, more):
+        self.kv = torch.stack([torch.stack([F.pad(torch.cat(parts, 2), (0, 0, 0, more)) for parts in pair]) for pair in grown.past])
+        self.at = None  # int64 [1]: the slot that the next pass writes
 
     def extend(self, layer):
-        return partial(self.write, layer)
+        return partial(self.write, *self.kv[layer])
 
-    def write(self, layer, k, v):
-        keys, values = self.kv[layer]
-        start, stop = self.used[layer], self.used[layer] + k.shape[2]
-        keys[:, :, start:stop], values[:, :, start:stop] = k, v
-        return keys[:, :, :stop], values[:, :, :stop]
+    def write(self, keys, values, k, v):
+        return keys.index_copy_(2, self.at, k), values.index_copy_(2, self.at, v)
 
     def append(self, layer, k, v):
-        self.used[layer] += k.shape[2]
+        pass
 
 
 # --- where a token stands: the only bookkeeping of the latent loop ----------------------------------------------------
@@ -482,25 +485,40 @@ class MultiCoCo(nn.Module):
             raise ValueError(f'{int(length.max())} prompt tokens and {max_new_tokens} new ones exceed the model\'s '
                              f'{c.max_position_embeddings}: lower max_new_tokens or shorten the prompt')
         x = self.fuse(layout.ids, pixel_values, num_tiles, image_flags)
-        k_proj = self.language_model.model.layers[0].self_attn.k_proj
-        cache = StaticCache(c, B, S + max_new_tokens, like=k_proj(x[:1, :1]))  # of autocast's dtype where that is on
+        cache = GrowingCache(c.num_hidden_layers)
         hidden, thoughts = self.think(x, layout, cache, edit_thought)
+        cache = StaticCache(cache, max_new_tokens)
         rows, eos = torch.arange(B, device=x.device), torch.tensor(c.eos_token_ids, device=x.device)
-        last = hidden[rows, layout.slot[rows, length - 1]]                                                       # [B, D]
-        position = F.pad(layout.position, (0, max_new_tokens), value=PADDING)
-        new, done = torch.full((B, max_new_tokens), c.pad_token_id, device=x.device), torch.zeros_like(rows, dtype=torch.bool)
+        last, here = hidden[rows, layout.slot[rows, length - 1]], length                  # [B, D]; [B], the next token's position
+        table = F.pad(layout.position, (0, max_new_tokens), value=PADDING)
+        new, wrote = torch.full((B, max_new_tokens), c.pad_token_id, device=x.device), torch.zeros_like(rows)
+        done, compiled = torch.zeros_like(rows, dtype=torch.bool), 'step' in self.__dict__
         for i in range(max_new_tokens):
-            token = sample(self.language_model.lm_head(last).float(), temperature, top_p, generator)
-            new[:, i] = token = torch.where(done, c.pad_token_id, token)
-            done |= torch.isin(token, eos)
-            if i + 1 == max_new_tokens or done.all():
+            logits = (self.language_model.lm_head.weight @ last.T).T  # for few rows faster on CPUs than the other way round
+            token = torch.where(done, c.pad_token_id, sample(logits.float(), temperature, top_p, generator))
+            new[rows, i] = token
+            wrote[rows] += ~done
+            done = done | torch.isin(token, eos)
+            if i + 1 == max_new_tokens:
                 break
+            if i % 4 == 3:  # not in each step, since to ask is to wait for the device
+                running = (~done).nonzero()[:, 0]
+                if not len(running):
+                    break
+                if 2 * len(running) <= len(done) and edit_thought is None and not compiled:  # so a row that ended soon costs nothing
+                    rows, token, last, here, table, done = (t[running] for t in (rows, token, last, here, table, done))
+                    cache.kv = cache.kv[:, :, running]
             thought = last if edit_thought is None else edit_thought(thoughts.shape[1] + i + 1, last)
             x = torch.where((token == c.latent_token_id)[:, None], thought.to(x.dtype), self.embed_text(token))
-            position[:, S + i] = here = length + i
-            mask = (position[:, :S + i + 1] <= here[:, None])[:, None, None]                                     # [B, 1, 1, S + i + 1]
-            last = self.decode(x[:, None], here[:, None], mask, cache)[:, 0]
-        return new[:, :i + 1]
+            cache.at = torch.tensor([S + i], device=x.device)
+            last = self.step(x, here, table, cache)
+            here = here + 1
+        return new[:, :int(wrote.max())]
+
+    def step(self, x, here, table, cache):
+        """One token a row, of constant shape, so that it can be compiled: x [B, D] at position here [B] to its hidden state [B, D]."""
+        table.index_copy_(1, cache.at, here[:, None])
+        return self.decode(x[:, None], here[:, None], (table <= here[:, None])[:, None, None], cache)[:, 0]
 
 
 def pick_device(device):
