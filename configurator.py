@@ -82,7 +82,7 @@ def configure(module):
     """A script's globals() -> its knobs as set by config files and flags. Prints the table; ends the script on bad input."""
     sys.excepthook = one_sentence
     argv = sys.argv[1:]
-    scripts = [os.path.join(HERE, name) for name in ('prepare.py', 'train.py', 'sample.py')]
+    scripts = [os.path.join(HERE, name) for name in ('prepare.py', 'train.py', 'sample.py', 'bench.py')]
     elsewhere = {name for script in scripts for name in knob_names(script)}
     defaults = {k: module[k] for k in knob_names(module['__file__']) if isinstance(module.get(k), (bool, int, float, str))}
     helping = {'-h', '--help'} & set(argv)

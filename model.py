@@ -187,9 +187,11 @@ class Layout(NamedTuple):
     position: torch.Tensor  # int64 [B, S]: the token's position in its row, PADDING where a slot is empty
     length: torch.Tensor    # int64 [B, n + 1]: real tokens of each row in each chunk, 0 where the row has no such thought
     widths: list            # n + 1 ints: slots of each chunk, that is its longest row
+    visual: list            # B ints: <IMG_CONTEXT> tokens of each row
+    targets: tuple          # three int64 [M]: row and slot before each supervised token, and the token
 
 
-def lay_out(input_ids, attention_mask, config):
+def lay_out(input_ids, attention_mask, config, labels=None):
     """
     Cuts every row at its own thoughts and gives each token a slot, chunk behind chunk, so that chunk k of all rows is one
     range of columns. Chunk 0 is a row up to its first thought, chunk k runs from thought k to just before thought k + 1:
@@ -199,9 +201,9 @@ def lay_out(input_ids, attention_mask, config):
         chunk:  0             1    2    3
         slots:  0 1 2 3 4 5   6    7 8 9 10  11 12 13  (row 1: 6 7 8 are empty behind its p's 0 1 2 ...)
 
-    Done on the host, where the lengths are needed anyway: one copy there, one back.
+    Done on the host, where the lengths are needed anyway: all that depends on values is asked here, once.
     """
-    ids = input_ids.cpu()
+    ids, device = input_ids.cpu(), input_ids.device
     B, T = ids.shape
     real = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.cpu().bool()
     if real.shape != ids.shape:
@@ -221,9 +223,13 @@ def lay_out(input_ids, attention_mask, config):
     slot = (widths.cumsum(0) - widths)[chunk] + position - start.gather(1, chunk)
     S = int(widths.sum())
     into = torch.where(real, slot, S)                                    # padding goes to column S, which is cut off
-    table = lambda fill, x: torch.full((B, S + 1), fill).scatter_(1, into, x)[:, :S].to(input_ids.device)
-    return Layout(slot.where(real, 0).to(input_ids.device), table(config.pad_token_id, ids), table(PADDING, position),
-                  length.to(input_ids.device), widths.tolist())
+    table = lambda fill, x: torch.full((B, S + 1), fill).scatter_(1, into, x)[:, :S].to(device)
+    targets = ()
+    if labels is not None:
+        row, before = (labels.cpu()[:, 1:] != -100).nonzero(as_tuple=True)  # the token at `before` predicts the next one
+        targets = row, slot[row, before], labels.cpu()[row, before + 1]
+    return Layout(slot.where(real, 0).to(device), table(config.pad_token_id, ids), table(PADDING, position), length.to(device),
+                  widths.tolist(), (ids == config.image_token_id).sum(1).tolist(), tuple(t.to(device) for t in targets))
 
 
 # --- the whole model --------------------------------------------------------------------------------------------------
@@ -384,9 +390,9 @@ class MultiCoCo(nn.Module):
         """An `edit_thought`: the learned embedding of <|latent|> instead of a thought, so that nothing is fed back."""
         return self.embed_text(torch.full(thought.shape[:1], self.config.latent_token_id, device=thought.device)).to(thought.dtype)
 
-    def fuse(self, ids, pixel_values=None, num_tiles=None, image_flags=None):
-        """ids [B, S] in slots to embeddings [B, S, D]: visual tokens stand where <IMG_CONTEXT> did, in row order."""
-        x, here, N = self.embed_text(ids), ids == self.config.image_token_id, self.config.num_image_tokens
+    def fuse(self, layout, pixel_values=None, num_tiles=None, image_flags=None):
+        """Tokens in slots to embeddings [B, S, D]: visual tokens stand where <IMG_CONTEXT> did, in row order."""
+        x, counts, N = self.embed_text(layout.ids), layout.visual, self.config.num_image_tokens
         P = 0 if pixel_values is None else len(pixel_values)
         if image_flags is not None and P:
             keep = image_flags.flatten().to(pixel_values.device).bool()
@@ -395,7 +401,6 @@ class MultiCoCo(nn.Module):
             if num_tiles is not None and int(num_tiles.sum()) == P:  # counted before the flagged tiles are dropped
                 num_tiles = torch.stack([part.sum() for part in keep.split(num_tiles.tolist())])
             pixel_values, P = pixel_values[keep], int(keep.sum())
-        counts = here.sum(1).tolist()
         tiles = [count // N for count in counts] if num_tiles is None else num_tiles.tolist()
         for b, (count, have) in enumerate(zip(counts, tiles)):
             if count != have * N:
@@ -406,7 +411,7 @@ class MultiCoCo(nn.Module):
             raise ValueError(f'row {b} ends {sum(tiles[:b + 1])} tiles into the batch by its {counts[b]} {IMG_CONTEXT} tokens, but '
                              f'pixel_values holds {P} tiles: encode text and tiles together')
         if P:
-            x = x.masked_scatter(here[..., None], self.embed_image(pixel_values).to(x.dtype))
+            x = x.masked_scatter((layout.ids == self.config.image_token_id)[..., None], self.embed_image(pixel_values).to(x.dtype))
         return x
 
     def decode(self, x, position, mask, cache):
@@ -455,16 +460,16 @@ class MultiCoCo(nn.Module):
         edit_thought    (k, thought [B, D]) -> [B, D], called before thought k = 1, 2, ... n is fed back
         Gives an Output. Raises ValueError where the batch does not hold together.
         """
-        layout = lay_out(input_ids, attention_mask, self.config)
-        x = self.fuse(layout.ids, pixel_values, num_tiles, image_flags)
+        layout = lay_out(input_ids, attention_mask, self.config, labels)
+        x = self.fuse(layout, pixel_values, num_tiles, image_flags)
         hidden, thoughts = self.think(x, layout, GrowingCache(self.config.num_hidden_layers), edit_thought)
         if labels is None:
             rows = torch.arange(len(x), device=x.device)[:, None]
             return Output(None, self.language_model.lm_head(hidden[rows, layout.slot]), thoughts)
-        row, before = (labels[:, 1:] != -100).nonzero(as_tuple=True)   # the token at `before` predicts the next one
+        row, slot, target = layout.targets
         if not len(row):
             raise ValueError('labels supervise no token of this batch: every row needs a target behind its prompt')
-        logits, target = self.language_model.lm_head(hidden[row, layout.slot[row, before]]), labels[row, before + 1]
+        logits = self.language_model.lm_head(hidden[row, slot])
         self.hits = (logits.detach().argmax(-1) == target).sum()
         return Output(F.cross_entropy(logits.float(), target), None, thoughts)
 
@@ -484,7 +489,7 @@ class MultiCoCo(nn.Module):
         if int(length.max()) + max_new_tokens > c.max_position_embeddings:
             raise ValueError(f'{int(length.max())} prompt tokens and {max_new_tokens} new ones exceed the model\'s '
                              f'{c.max_position_embeddings}: lower max_new_tokens or shorten the prompt')
-        x = self.fuse(layout.ids, pixel_values, num_tiles, image_flags)
+        x = self.fuse(layout, pixel_values, num_tiles, image_flags)
         cache = GrowingCache(c.num_hidden_layers)
         hidden, thoughts = self.think(x, layout, cache, edit_thought)
         cache = StaticCache(cache, max_new_tokens)

@@ -25,11 +25,12 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration, Inter
 from transformers import Qwen2Config, Qwen3Config
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
+import bench
 import configurator
 import prepare
 import toy
 import train
-from model import Config, GrowingCache, IMAGE_MEAN, IMAGE_STD, MultiCoCo, SPECIAL_TOKENS, add_special_tokens, load_checkpoint, load_tokenizer
+from model import Config, GrowingCache, IMAGE_MEAN, IMAGE_STD, MultiCoCo, SPECIAL_TOKENS, add_special_tokens, lay_out, load_checkpoint, load_tokenizer
 
 torch.set_num_threads(1)
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -369,6 +370,82 @@ def test_cached_generation_equals_uncached(boost):
             ended, latents = ended + (slow[-1] == EOS), latents + slow.count(LATENT)
     assert boost != LATENT or latents > 5
     assert boost != EOS or 0 < ended < 12
+
+
+def test_rows_that_ended_leave_the_batch():
+    """Half of the rows ended: the others go on alone, with the same ids. A hook is promised all rows and keeps them."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.language_model.lm_head.weight[IMG] = 0
+        model.language_model.lm_head.weight[EOS] *= 2.5
+    batch = without_labels(make_batch(model.config, TILES * 2, THOUGHTS * 2, seed=1))
+    sizes, step = [], model.decode
+    model.decode = lambda x, *more: sizes.append(tuple(x.shape[:2])) or step(x, *more)
+    left = model.generate(**batch, max_new_tokens=40)
+    shrunk = sizes[:]
+    kept = model.generate(**batch, max_new_tokens=40, edit_thought=lambda k, t: t)
+    assert torch.equal(left, kept)
+    assert len({B for B, width in shrunk}) > 1 and {B for B, width in sizes[len(shrunk):]} == {8}
+    assert left.shape[1] == max((row != PAD).sum() for row in left)  # no column of padding alone
+
+
+def test_a_compiled_step_gives_the_same_ids():
+    model = tiny_model()
+    batch = without_labels(make_batch(model.config, TILES, THOUGHTS))
+    plain = model.generate(**batch, max_new_tokens=9)
+    model.step = torch.compile(model.step, backend='aot_eager', fullgraph=True, dynamic=False)  # in one graph, of constant shape
+    with torch.compiler.set_stance('default'):
+        assert torch.equal(model.generate(**batch, max_new_tokens=9), plain)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# work: floating-point operations, which no busy machine changes
+
+TINY = Config(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+              vision_hidden_size=24, vision_intermediate_size=40, vision_num_layers=2, vision_num_heads=3, image_size=56, eos_token_ids=(-1,))
+
+
+@pytest.fixture(scope='module')
+def pair():
+    """bench.py's two models, tiny but for the vocabulary."""
+    bench.device, bench.autocast = 'cpu', contextlib.nullcontext()
+    return bench.models(TINY)
+
+
+def test_what_is_benchmarked_computes_the_same(pair):
+    """The floor is what pause tokens compute, the published loop and generation what ours compute."""
+    ours, theirs = pair
+    batch = bench.make_batch(TINY, 4, 3)
+    assert bench.floor_loss(theirs, batch).item() == pytest.approx(ours(**batch, edit_thought=ours.as_pause).loss.item(), rel=1e-5)
+    assert bench.published_loss(theirs, batch).item() == pytest.approx(ours(**batch).loss.item(), rel=1e-5)
+    asked, plain = (bench.make_batch(TINY, 4, n, supervised=False) for n in (3, 0))
+    with torch.no_grad():
+        assert bench.published_generate(theirs, asked, 6).tolist() == ours.generate(**asked, max_new_tokens=6).tolist()
+        assert bench.plain_generate(theirs, plain, 6).tolist() == ours.generate(**plain, max_new_tokens=6).tolist()
+
+
+@pytest.mark.parametrize('n', (0, 1, 8))
+def test_training_costs_the_flops_of_one_plain_pass(pair, n):
+    """Within 1 % of transformers' plain pass over the same tokens, so nothing (head, ViT, prompt) is computed twice."""
+    ours, theirs = pair
+    batch = bench.make_batch(TINY, 4, n)
+    floor, loop = (bench.cost(bench.step_of(model, loss))['flops'] for model, loss in (
+        (theirs, lambda: bench.floor_loss(theirs, batch)), (ours, lambda: ours(**batch).loss)))
+    assert abs(loop / floor - 1) < 0.01
+
+
+def test_a_generated_token_costs_the_flops_of_one_token(pair):
+    """Exactly its matrix products and its attention to the slots; and the first token what a pass over the prompt costs."""
+    ours, theirs = pair
+    batch, B, N = bench.make_batch(TINY, 4, 8, supervised=False), 4, 9
+    one, many = (bench.cost(lambda: ours.generate(**batch, max_new_tokens=n))['flops'] for n in (1, N))
+    lm, c = ours.language_model, TINY
+    matrices = sum(p.numel() for layer in lm.model.layers for p in layer.parameters() if p.dim() == 2) + lm.lm_head.weight.numel()
+    slots = sum(lay_out(batch['input_ids'], batch['attention_mask'], c).widths) + N
+    assert many - one == (N - 1) * B * (2 * matrices + 4 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * slots)
+    with torch.no_grad():
+        prompt = bench.cost(lambda: theirs.model.language_model(inputs_embeds=bench.embed(theirs, batch), use_cache=False))['flops']
+    assert one == pytest.approx(prompt + 2 * B * lm.lm_head.weight.numel(), rel=0.02)
 
 
 def test_sampling():
@@ -845,7 +922,7 @@ def test_configurator(tmp_path):
 
 def test_a_knob_means_the_same_in_every_script():
     seen = {}
-    for name in ('prepare.py', 'train.py', 'sample.py'):
+    for name in ('prepare.py', 'train.py', 'sample.py', 'bench.py'):
         tree = ast.parse(open(os.path.join(HERE, name)).read())
         knobs = set(configurator.knob_names(os.path.join(HERE, name)))
         for node in tree.body:
