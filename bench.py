@@ -33,19 +33,16 @@ from prepare import collate
 # --- knobs ------------------------------------------------------------------------------------------------------------
 size = 'small'       # 'small' or '1b'
 device = 'auto'      # 'auto', 'cpu', 'cuda'
-batch_size = 0       # rows of a training step; 0 for 4 of 'small' and 8 of '1b'
-rows = 16            # rows of a generation
-num_thoughts = 8
-max_new_tokens = 32
 repeats = 3
 json = False         # print one JSON object instead of the tables
 seed = 1337
 
-NO_END = dict(eos_token_ids=(-1,))  # every row writes max_new_tokens
+NO_END = dict(eos_token_ids=(-1,))  # every row writes all its tokens
 CONFIGS = {'small': Config(num_hidden_layers=2, vision_hidden_size=384, vision_intermediate_size=1536, vision_num_layers=2, vision_num_heads=6, **NO_END),
            '1b': Config(**NO_END)}
 LATENT_ID = Config().latent_token_id
-QUESTION, ANSWER = 40, 24  # text tokens of a row; the thoughts stand between
+QUESTION, THOUGHTS, ANSWER = 40, 8, 24  # text tokens of a row's prompt, its thoughts, supervised tokens
+ROWS, NEW = 16, 32                      # of a generation: rows, and tokens that each writes
 
 
 def models(c):
@@ -84,10 +81,14 @@ def make_batch(c, B, thoughts, tiles=(1, 2), supervised=True):
 
 # --- what is compared -------------------------------------------------------------------------------------------------
 
+def normalised(tiles):
+    mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (IMAGE_MEAN, IMAGE_STD))
+    return (tiles.float() / 255 - mean) / std
+
+
 def embed(theirs, batch):
     """transformers' fused embeddings [B, T, D], the ViT run once."""
-    mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (IMAGE_MEAN, IMAGE_STD))
-    visual = theirs.model.get_image_features((batch['pixel_values'].float() / 255 - mean) / std).pooler_output
+    visual = theirs.model.get_image_features(normalised(batch['pixel_values'])).pooler_output
     x = theirs.get_input_embeddings()(batch['input_ids'])
     here = batch['input_ids'] == theirs.config.image_token_id
     return x.masked_scatter(here[..., None], visual.to(x.dtype))
@@ -122,7 +123,8 @@ def published_loss(theirs, batch):
                 cells[b][stop] = out.last_hidden_state[b, -1]
             x = torch.stack([torch.stack(cells[b]) for b in range(len(x))])
         start, stop = stop, stop + 1 if k + 1 < n else T
-    return F.cross_entropy(torch.cat(logits, 1)[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+    logits = torch.cat(logits, 1)  # the published code gives them to the caller, so they live on
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()), logits
 
 
 def published_generate(theirs, batch, new_tokens):
@@ -149,9 +151,8 @@ def published_generate(theirs, batch, new_tokens):
 
 def plain_generate(theirs, batch, new_tokens):
     """(c): padded on the left, as transformers wants it."""
-    mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (IMAGE_MEAN, IMAGE_STD))
     turned = {k: torch.stack([row.roll(-int(m.sum())) for row, m in zip(batch[k], batch['attention_mask'])]) for k in ('input_ids', 'attention_mask')}
-    return theirs.generate(**turned, pixel_values=(batch['pixel_values'].float() / 255 - mean) / std, max_new_tokens=new_tokens,
+    return theirs.generate(**turned, pixel_values=normalised(batch['pixel_values']), max_new_tokens=new_tokens,
                            min_new_tokens=new_tokens, do_sample=False, pad_token_id=0)[:, batch['input_ids'].shape[1]:]
 
 
@@ -196,8 +197,8 @@ def step_of(model, loss):
     """Forward and backward pass; the optimizer's part is the same for all."""
     def work():
         with autocast:
-            value = loss()
-        value.backward()
+            out = loss()
+        (out[0] if isinstance(out, tuple) else out).backward()
         model.zero_grad(set_to_none=True)
     return work
 
@@ -209,7 +210,7 @@ def table(title, lines, floor):
 
 
 def training():
-    batch = make_batch(config, batch_size, num_thoughts, tiles)
+    batch = make_batch(config, batch_size, THOUGHTS, tiles)
     works = {'floor': step_of(theirs, lambda: floor_loss(theirs, batch)), 'ours': step_of(ours, lambda: ours(**batch).loss),
              'published': step_of(theirs, lambda: published_loss(theirs, batch))}
     costs = {name: cost(work) for name, work in works.items()}
@@ -217,7 +218,7 @@ def training():
     both = interleaved({name: works[name] for name in ('ours', 'published')}, 1)
     took['published'] = took['ours'] * both['published'] / both['ours']  # by the ratio in the round that they shared
     lines = {name: dict(costs[name], seconds=took[name]) for name in works}
-    table(f'training step, {batch_size} rows, {num_thoughts} thoughts', lines, 'floor')
+    table(f'training step, {batch_size} rows, {THOUGHTS} thoughts', lines, 'floor')
     return lines
 
 
@@ -243,8 +244,8 @@ def thoughts():
 def products():
     """The matrix products of the decoding steps, nothing else."""
     c, width = config, config.num_attention_heads * config.head_dim
-    x, y, h = (torch.randn(rows, 1, n, device=device) for n in (c.hidden_size, width, c.intermediate_size))
-    for _ in range(max_new_tokens - 1):
+    x, y, h = (torch.randn(ROWS, 1, n, device=device) for n in (c.hidden_size, width, c.intermediate_size))
+    for _ in range(NEW - 1):
         for layer in ours.language_model.model.layers:
             a, m = layer.self_attn, layer.mlp
             for linear, value in ((a.q_proj, x), (a.k_proj, x), (a.v_proj, x), (a.o_proj, y), (m.gate_proj, x), (m.up_proj, x), (m.down_proj, h)):
@@ -255,16 +256,16 @@ def products():
 @torch.no_grad()
 def generation():
     ask = lambda B, n: make_batch(config, B, n, tiles, supervised=False)
-    batch, plain, two = ask(rows, num_thoughts), ask(rows, 0), ask(2, num_thoughts)
-    works = {'plain, no thoughts': lambda: plain_generate(theirs, plain, max_new_tokens), 'ours': lambda: ours.generate(**batch, max_new_tokens=max_new_tokens),
+    batch, plain, two = ask(ROWS, THOUGHTS), ask(ROWS, 0), ask(2, THOUGHTS)
+    works = {'plain, no thoughts': lambda: plain_generate(theirs, plain, NEW), 'ours': lambda: ours.generate(**batch, max_new_tokens=NEW),
              'ours, one token': lambda: ours.generate(**batch, max_new_tokens=1), 'products': products}
     with autocast:
         costs = {name: cost(work) for name, work in works.items()}
         took = interleaved(works, repeats)
-        took['published, no cache'] = seconds(lambda: published_generate(theirs, two, max_new_tokens)) * rows / 2  # row by row: of two rows
+        took['published, no cache'] = seconds(lambda: published_generate(theirs, two, NEW)) * ROWS / 2  # row by row: of two rows
     lines = {name: dict(costs.get(name, {}), seconds=took[name]) for name in ('plain, no thoughts', 'ours', 'published, no cache')}
-    table(f'{rows} answers of {max_new_tokens} tokens, {num_thoughts} thoughts', lines, 'plain, no thoughts')
-    step, bare = (took['ours'] - took['ours, one token']) / (max_new_tokens - 1), took['products'] / (max_new_tokens - 1)
+    table(f'{ROWS} answers of {NEW} tokens, {THOUGHTS} thoughts', lines, 'plain, no thoughts')
+    step, bare = (took['ours'] - took['ours, one token']) / (NEW - 1), took['products'] / (NEW - 1)
     print(f'a decoding step: {step:.3f} s, its matrix products alone: {bare:.3f} s, ratio {step / bare:.2f}')
     return dict(lines, step=step, products=bare)
 
@@ -280,7 +281,7 @@ def on_gpu(trained):
     lm = model.language_model
     weights = 2 * sum(p.numel() for part in (lm.model.layers, lm.lm_head) for p in part.parameters())
     for B in (1, 32):
-        batch = make_batch(config, B, num_thoughts, tiles, supervised=False)
+        batch = make_batch(config, B, THOUGHTS, tiles, supervised=False)
         read = weights + 4 * B * batch['input_ids'].shape[1] * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
         for name, step in (('eager', None), ('compiled', torch.compile(model.step, mode='reduce-overhead', dynamic=False))):
             if step is not None:
@@ -337,7 +338,7 @@ if __name__ == '__main__':
     if size not in CONFIGS:
         raise ValueError(f'size={size!r}: expected {" or ".join(CONFIGS)}')
     device, config = pick_device(device), CONFIGS[size]
-    batch_size, tiles = batch_size or (4 if size == 'small' else 8), (1, 2) if size == 'small' else (7,)
+    batch_size, tiles = (4, (1, 2)) if size == 'small' else (8, (7,))
     autocast = torch.autocast(device, torch.bfloat16, enabled=device == 'cuda')
     if size == '1b' and device == 'cpu':
         print('no GPU: the peak memory of a training step, simulated')

@@ -498,6 +498,8 @@ class MultiCoCo(nn.Module):
         table = F.pad(layout.position, (0, max_new_tokens), value=PADDING)
         new, wrote = torch.full((B, max_new_tokens), c.pad_token_id, device=x.device), torch.zeros_like(rows)
         done, compiled = torch.zeros_like(rows, dtype=torch.bool), 'step' in self.__dict__
+        if compiled:
+            torch._dynamo.mark_static_address(cache.kv, guard=False)  # a CUDA graph may write to it
         for i in range(max_new_tokens):
             logits = (self.language_model.lm_head.weight @ last.T).T  # for few rows faster on CPUs than the other way round
             token = torch.where(done, c.pad_token_id, sample(logits.float(), temperature, top_p, generator))
@@ -515,15 +517,17 @@ class MultiCoCo(nn.Module):
                     cache.kv = cache.kv[:, :, running]
             thought = last if edit_thought is None else edit_thought(thoughts.shape[1] + i + 1, last)
             x = torch.where((token == c.latent_token_id)[:, None], thought.to(x.dtype), self.embed_text(token))
-            cache.at = torch.tensor([S + i], device=x.device)
-            last = self.step(x, here, table, cache)
+            table[:, S + i], cache.at = here, torch.tensor([S + i], device=x.device)
+            last = self.step(x, here, (table <= here[:, None])[:, None, None], cache)
             here = here + 1
         return new[:, :int(wrote.max())]
 
-    def step(self, x, here, table, cache):
-        """One token a row, of constant shape, so that it can be compiled: x [B, D] at position here [B] to its hidden state [B, D]."""
-        table.index_copy_(1, cache.at, here[:, None])
-        return self.decode(x[:, None], here[:, None], (table <= here[:, None])[:, None, None], cache)[:, 0]
+    def step(self, x, here, mask, cache):
+        """
+        One token a row, x [B, D] at position here [B] to its hidden state [B, D]. Shapes stay the same from token to token:
+        `model.step = torch.compile(model.step, dynamic=False)` makes generate use it compiled.
+        """
+        return self.decode(x[:, None], here[:, None], mask, cache)[:, 0]
 
 
 def pick_device(device):

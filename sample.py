@@ -29,6 +29,8 @@ temperature = 0.0                         # 0 for greedy
 top_p = 1.0
 show_thoughts = 0                         # how many top tokens to print for each thought
 device = 'auto'                           # 'auto', 'cpu', 'cuda'
+dtype = 'auto'                            # of the weights: 'float32', 'bfloat16'; 'auto' is bfloat16 on a GPU
+compile = False                           # compile the decoding step: a minute once, then faster long answers
 seed = 1337
 
 UNTRAINED = dict(mode='coconut', c_thought=1, max_latent_stage=0, max_tiles=12, answer='',
@@ -88,8 +90,13 @@ def describe(metrics):
 if __name__ == '__main__':
     globals().update(configure(globals()))
     device = pick_device(device)
+    dtype = ('bfloat16' if device == 'cuda' else 'float32') if dtype == 'auto' else dtype
+    if dtype not in ('float32', 'bfloat16'):
+        raise ValueError(f'dtype={dtype!r}: expected auto, float32 or bfloat16')
     model, tokenizer = load_checkpoint(ckpt)
-    model.to(device)
+    model.to(device, getattr(torch, dtype))
+    if compile:
+        model.step = torch.compile(model.step, mode='reduce-overhead' if device == 'cuda' else 'default', dynamic=False)
     config, knobs, stage = model.config, model.checkpoint.get('knobs', UNTRAINED), model.checkpoint.get('stage', 0)
     torch.manual_seed(seed)
 
@@ -126,7 +133,7 @@ if __name__ == '__main__':
         print(f'\n{file or "no image"}: {P} tiles, {P * config.num_image_tokens} visual tokens, {one["thoughts"]} thoughts, '
               f'{one["tokens"]} tokens written')
         for k in range(one['thoughts'] if show_thoughts > 0 else 0):
-            p, top = model.language_model.lm_head(thoughts[k][b]).softmax(-1).topk(min(show_thoughts, config.vocab_size))
+            p, top = model.language_model.lm_head(thoughts[k][b]).float().softmax(-1).topk(min(show_thoughts, config.vocab_size))
             says = '  '.join(f'{tokenizer.decode([t])!r} {q:.2f}' for q, t in zip(p.tolist(), top.tolist()))
             print(f'  thought {k + 1}: {says}  (norm {thoughts[k][b].norm():.2f}, an embedding has {usual:.2f})')
         print(f'{question} {" | ".join(options)}'.rstrip() + f'\n{one["text"]}')

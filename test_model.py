@@ -417,7 +417,7 @@ def test_what_is_benchmarked_computes_the_same(pair):
     ours, theirs = pair
     batch = bench.make_batch(TINY, 4, 3)
     assert bench.floor_loss(theirs, batch).item() == pytest.approx(ours(**batch, edit_thought=ours.as_pause).loss.item(), rel=1e-5)
-    assert bench.published_loss(theirs, batch).item() == pytest.approx(ours(**batch).loss.item(), rel=1e-5)
+    assert bench.published_loss(theirs, batch)[0].item() == pytest.approx(ours(**batch).loss.item(), rel=1e-5)
     asked, plain = (bench.make_batch(TINY, 4, n, supervised=False) for n in (3, 0))
     with torch.no_grad():
         assert bench.published_generate(theirs, asked, 6).tolist() == ours.generate(**asked, max_new_tokens=6).tolist()
@@ -1216,6 +1216,8 @@ def test_sample_answers_a_batch(run):
     alone = script(*args, '--image', images[1])
     assert alone.split('\n->')[1].split('\n')[0] == said.split('\n->')[2].split('\n')[0]
     assert '3 thoughts' in script(*args, '--image', images[0], '--num_thoughts=3')
+    answers = lambda said: re.findall('-> .*', said)
+    assert answers(script(*args, '--image', images[0], '--dtype=bfloat16')) == answers(script(*args, '--image', images[0]))
     assert script(*args, '--image', top / 'data' / 'images' / 'test').count('visual tokens') == 17
 
 
