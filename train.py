@@ -391,6 +391,8 @@ if __name__ == '__main__':
     if held and init_from != 'resume' and not (overwrite or dry_run):
         raise ValueError(f'{out_dir} holds another run ({os.path.basename(held[0])}): go on with it by --init_from=resume, choose another '
                          '--out_dir, or let go of it by --overwrite=True')
+    if wandb and not importlib.util.find_spec('wandb'):
+        raise ValueError('wandb=True, but wandb is not installed: pip install wandb, or leave it out')
     if device == 'cuda':
         if local_rank >= torch.cuda.device_count():
             raise ValueError(f'rank {local_rank} has no GPU, this machine has {torch.cuda.device_count()}: lower --nproc_per_node')
@@ -469,8 +471,6 @@ if __name__ == '__main__':
     write('metrics.jsonl', lines, 'wb')
     write('run.json', [*starts, provenance])
     if wandb and not rank:
-        if not importlib.util.find_spec('wandb'):
-            raise ValueError('wandb=True, but wandb is not installed: pip install wandb, or leave it out')
         wandb_run = importlib.import_module('wandb').init(project='multicoco', dir=out_dir, group=out_dir.replace('/', '-'), config=knobs)
     text_only = not all(row.get('image') for now in stages for row in now.rows)  # these leave the vision tower without a gradient
     network = model if world == 1 else DistributedDataParallel(model, find_unused_parameters=text_only)
