@@ -167,7 +167,7 @@ class StaticCache:
 
     def __init__(self, grown, more):
         self.kv = torch.stack([torch.stack([F.pad(torch.cat(parts, 2), (0, 0, 0, more)) for parts in pair]) for pair in grown.past])
-        self.at = None  # int64 [1]: the slot that the next pass writes
+        self.at = torch.tensor([self.kv.shape[-2] - more], device=self.kv.device)  # the slot that the next pass writes
 
     def extend(self, layer):
         return partial(self.write, *self.kv[layer])
@@ -517,9 +517,9 @@ class MultiCoCo(nn.Module):
                     cache.kv = cache.kv[:, :, running]
             thought = last if edit_thought is None else edit_thought(thoughts.shape[1] + i + 1, last)
             x = torch.where((token == c.latent_token_id)[:, None], thought.to(x.dtype), self.embed_text(token))
-            table[:, S + i], cache.at = here, torch.tensor([S + i], device=x.device)
+            table[:, S + i] = here
             last = self.step(x, here, (table <= here[:, None])[:, None, None], cache)
-            here = here + 1
+            here, cache.at = here + 1, cache.at + 1
         return new[:, :int(wrote.max())]
 
     def step(self, x, here, mask, cache):
