@@ -137,11 +137,14 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x, cos, sin, mask, extend):
+    def forward(self, x, cos, sin, mask, extend, real=None):
         """x [B, L, D]; extend: this pass's keys and values -> all so far. Gives x and this pass's keys and values."""
         y, k, v = self.self_attn(self.input_layernorm(x), cos, sin, mask, extend)
         x = x + y
-        return x + self.mlp(self.post_attention_layernorm(x)), k, v
+        h = self.post_attention_layernorm(x)
+        if real is None:
+            return x + self.mlp(h), k, v
+        return x.flatten(0, 1).index_add(0, real, self.mlp(h.flatten(0, 1)[real]).to(x.dtype)).view_as(x), k, v  # none for padding
 
 
 class GrowingCache:
@@ -187,6 +190,7 @@ class Layout(NamedTuple):
     position: torch.Tensor  # int64 [B, S]: the token's position in its row, PADDING where a slot is empty
     length: torch.Tensor    # int64 [B, n + 1]: real tokens of each row in each chunk, 0 where the row has no such thought
     widths: list            # n + 1 ints: slots of each chunk, that is its longest row
+    real: list              # n + 1: which of a chunk's B * width slots hold tokens, int64 [M], or None where nearly all do
     visual: list            # B ints: <IMG_CONTEXT> tokens of each row
     targets: tuple          # three int64 [M]: row and slot before each supervised token, and the token
 
@@ -228,8 +232,10 @@ def lay_out(input_ids, attention_mask, config, labels=None):
     if labels is not None:
         row, before = (labels.cpu()[:, 1:] != -100).nonzero(as_tuple=True)  # the token at `before` predicts the next one
         targets = row, slot[row, before], labels.cpu()[row, before + 1]
+    full = [torch.arange(w) < length[:, k, None] for k, w in enumerate(widths.tolist())]
+    full = [None if here.float().mean() > 0.9 else here.flatten().nonzero()[:, 0].to(device) for here in full]
     return Layout(slot.where(real, 0).to(device), table(config.pad_token_id, ids), table(PADDING, position), length.to(device),
-                  widths.tolist(), (ids == config.image_token_id).sum(1).tolist(), tuple(t.to(device) for t in targets))
+                  widths.tolist(), full, (ids == config.image_token_id).sum(1).tolist(), tuple(t.to(device) for t in targets))
 
 
 # --- the whole model --------------------------------------------------------------------------------------------------
@@ -414,14 +420,17 @@ class MultiCoCo(nn.Module):
             x = x.masked_scatter((layout.ids == self.config.image_token_id)[..., None], self.embed_image(pixel_values).to(x.dtype))
         return x
 
-    def decode(self, x, position, mask, cache):
-        """One pass through the decoder: x [B, L, D] at position [B, L] to hidden states after the final norm [B, L, D]."""
+    def decode(self, x, position, mask, cache, real=None):
+        """
+        One pass through the decoder: x [B, L, D] at position [B, L] to hidden states after the final norm [B, L, D]. `real`: the
+        slots of B * L that hold tokens, where many do not; the others skip the MLP, most of the work.
+        """
         cos, sin = rotary(position, self.config.head_dim, self.config.rope_theta)
         for i, layer in enumerate(self.language_model.model.layers):
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x, k, v = checkpoint(layer, x, cos, sin, mask, cache.extend(i), use_reentrant=False, preserve_rng_state=False)
+                x, k, v = checkpoint(layer, x, cos, sin, mask, cache.extend(i), real, use_reentrant=False, preserve_rng_state=False)
             else:
-                x, k, v = layer(x, cos, sin, mask, cache.extend(i))
+                x, k, v = layer(x, cos, sin, mask, cache.extend(i), real)
             cache.append(i, k, v)
         return self.language_model.model.norm(x)
 
@@ -444,7 +453,7 @@ class MultiCoCo(nn.Module):
                 thoughts.append(thought)
                 h = torch.cat((thought[:, None], h[:, 1:]), 1)
                 mask = layout.position[:, None, None, :stop] <= position[:, None, :, None]                       # [B, 1, L, stop]
-            hidden.append(self.decode(h, position, mask, cache))
+            hidden.append(self.decode(h, position, mask, cache, layout.real[k]))
             start = stop
         return torch.cat(hidden, 1), torch.stack(thoughts, 1) if thoughts else x[:, :0]
 
