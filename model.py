@@ -195,7 +195,7 @@ class Layout(NamedTuple):
     targets: tuple          # three int64 [M]: row and slot before each supervised token, and the token
 
 
-def lay_out(input_ids, attention_mask, config, labels=None):
+def lay_out(input_ids, attention_mask, config, labels=None, device=None):
     """
     Cuts every row at its own thoughts and gives each token a slot, chunk behind chunk, so that chunk k of all rows is one
     range of columns. Chunk 0 is a row up to its first thought, chunk k runs from thought k to just before thought k + 1:
@@ -205,9 +205,10 @@ def lay_out(input_ids, attention_mask, config, labels=None):
         chunk:  0             1    2    3
         slots:  0 1 2 3 4 5   6    7 8 9 10  11 12 13  (row 1: 6 7 8 are empty behind its p's 0 1 2 ...)
 
-    Done on the host, where the lengths are needed anyway: all that depends on values is asked here, once.
+    Done on the host, where the lengths are needed anyway: all that depends on values is asked here, once. Inputs that are still on the
+    host spare the wait for the device.
     """
-    ids, device = input_ids.cpu(), input_ids.device
+    ids, device = input_ids.cpu(), device or input_ids.device
     B, T = ids.shape
     real = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.cpu().bool()
     if real.shape != ids.shape:
@@ -460,7 +461,8 @@ class MultiCoCo(nn.Module):
     def forward(self, input_ids, pixel_values=None, attention_mask=None, labels=None, num_tiles=None, image_flags=None,
                 edit_thought=None):
         """
-        input_ids       int64 [B, T], right-padded; a <|latent|> anywhere but first is a thought
+        input_ids       int64 [B, T], right-padded; a <|latent|> anywhere but first is a thought. Best left on the host, as is all but
+                        the tiles
         pixel_values    uint8 or normalised float [P, 3, S, S]: the tiles of all rows in row order; None without images
         attention_mask  [B, T], 1 for a token; None for no padding
         labels          int64 [B, T], -100 where unsupervised; only supervised positions go through the head
@@ -469,7 +471,7 @@ class MultiCoCo(nn.Module):
         edit_thought    (k, thought [B, D]) -> [B, D], called before thought k = 1, 2, ... n is fed back
         Gives an Output. Raises ValueError where the batch does not hold together.
         """
-        layout = lay_out(input_ids, attention_mask, self.config, labels)
+        layout = lay_out(input_ids, attention_mask, self.config, labels, self.language_model.lm_head.weight.device)
         x = self.fuse(layout, pixel_values, num_tiles, image_flags)
         hidden, thoughts = self.think(x, layout, GrowingCache(self.config.num_hidden_layers), edit_thought)
         if labels is None:
@@ -493,7 +495,7 @@ class MultiCoCo(nn.Module):
         if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
             raise ValueError(f'temperature={temperature}, top_p={top_p}, max_new_tokens={max_new_tokens}: '
                              'expected temperature >= 0, 0 < top_p <= 1 and max_new_tokens >= 1')
-        c, layout = self.config, lay_out(input_ids, attention_mask, self.config)
+        c, layout = self.config, lay_out(input_ids, attention_mask, self.config, None, self.language_model.lm_head.weight.device)
         length, (B, S) = layout.length.sum(1), layout.ids.shape
         if int(length.max()) + max_new_tokens > c.max_position_embeddings:
             raise ValueError(f'{int(length.max())} prompt tokens and {max_new_tokens} new ones exceed the model\'s '

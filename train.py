@@ -200,7 +200,9 @@ def supervised(batch):
 
 
 def to_device(batch):
-    return {k: v if v is None else v.to(device, non_blocking=True) for k, v in batch.items()}
+    """The tiles; where a token stands is decided on the host."""
+    tiles = batch['pixel_values']
+    return dict(batch, pixel_values=None if tiles is None else tiles.to(device, non_blocking=True))
 
 
 def all_ranks(value):
