@@ -233,8 +233,9 @@ def lay_out(input_ids, attention_mask, config, labels=None, device=None):
     if labels is not None:
         row, before = (labels.cpu()[:, 1:] != -100).nonzero(as_tuple=True)  # the token at `before` predicts the next one
         targets = row, slot[row, before], labels.cpu()[row, before + 1]
-    full = [torch.arange(w) < length[:, k, None] for k, w in enumerate(widths.tolist())]
-    full = [None if here.float().mean() > 0.9 else here.flatten().nonzero()[:, 0].to(device) for here in full]
+    share = (length.sum(0) / (B * widths)).tolist()
+    full = [None if share[k] > 0.9 else (torch.arange(w) < length[:, k, None]).flatten().nonzero()[:, 0].to(device)
+            for k, w in enumerate(widths.tolist())]
     return Layout(slot.where(real, 0).to(device), table(config.pad_token_id, ids), table(PADDING, position), length.to(device),
                   widths.tolist(), full, (ids == config.image_token_id).sum(1).tolist(), tuple(t.to(device) for t in targets))
 

@@ -1095,7 +1095,6 @@ def test_killed_at_any_moment(run, tmp_path):
     assert process.returncode == 143 and error.startswith('train.py: stopped by SIGTERM after step ') and error.count('\n') == 1, error
     before = torch.load(out / 'last.pt', weights_only=True)
     assert before['step'] == int(error.split('after step ')[1].split(',')[0]) >= 3
-    (tmp_path / 'dying.py').write_text(DYING)
     process = start('-c', DYING, *args, '--init_from=resume')
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL and list(out.glob('*.part'))
