@@ -227,7 +227,7 @@ def lay_out(input_ids, attention_mask, config, labels=None, device=None):
     position = torch.arange(T).expand(B, T)
     slot = (widths.cumsum(0) - widths)[chunk] + position - start.gather(1, chunk)
     S = int(widths.sum())
-    into = torch.where(real, slot, S)                                    # padding goes to column S, which is cut off
+    into, slot = torch.where(real, slot, S), slot.where(real, 0)         # padding goes to column S, which is cut off
     table = lambda fill, x: torch.full((B, S + 1), fill).scatter_(1, into, x)[:, :S].to(device)
     targets = ()
     if labels is not None:
@@ -236,8 +236,8 @@ def lay_out(input_ids, attention_mask, config, labels=None, device=None):
     share = (length.sum(0) / (B * widths)).tolist()
     full = [None if share[k] > 0.9 else (torch.arange(w) < length[:, k, None]).flatten().nonzero()[:, 0].to(device)
             for k, w in enumerate(widths.tolist())]
-    return Layout(slot.where(real, 0).to(device), table(config.pad_token_id, ids), table(PADDING, position), length.to(device),
-                  widths.tolist(), full, (ids == config.image_token_id).sum(1).tolist(), tuple(t.to(device) for t in targets))
+    return Layout(slot.to(device), table(config.pad_token_id, ids), table(PADDING, position), length.to(device),
+                  widths.tolist(), full, ((ids == config.image_token_id) & real).sum(1).tolist(), tuple(t.to(device) for t in targets))
 
 
 # --- the whole model --------------------------------------------------------------------------------------------------
@@ -547,6 +547,13 @@ def pick_device(device):
     if device == 'cuda' and not torch.cuda.is_available():
         raise ValueError('device=cuda, but torch sees no GPU here: use --device=cpu, or install a torch with CUDA')
     return ('cuda' if torch.cuda.is_available() else 'cpu') if device == 'auto' else device
+
+
+def pick_dtype(dtype, device):
+    """'auto' is bfloat16 on a GPU, float32 elsewhere."""
+    if dtype not in ('auto', 'float32', 'bfloat16'):
+        raise ValueError(f'dtype={dtype!r}: expected auto, float32 or bfloat16')
+    return ('bfloat16' if device == 'cuda' else 'float32') if dtype == 'auto' else dtype
 
 
 def sample(logits, temperature, top_p, generator=None):

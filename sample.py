@@ -15,7 +15,7 @@ import time
 import torch
 
 from configurator import configure
-from model import load_checkpoint, pick_device
+from model import load_checkpoint, pick_device, pick_dtype
 from prepare import LETTERS, collate, encode, extract_choice, fill, load_image, tile_image
 
 # --- knobs ------------------------------------------------------------------------------------------------------------
@@ -90,11 +90,8 @@ def describe(metrics):
 if __name__ == '__main__':
     globals().update(configure(globals()))
     device = pick_device(device)
-    dtype = ('bfloat16' if device == 'cuda' else 'float32') if dtype == 'auto' else dtype
-    if dtype not in ('float32', 'bfloat16'):
-        raise ValueError(f'dtype={dtype!r}: expected auto, float32 or bfloat16')
     model, tokenizer = load_checkpoint(ckpt)
-    model.to(device, getattr(torch, dtype))
+    model.to(device, getattr(torch, pick_dtype(dtype, device)))
     if compile:
         model.step = torch.compile(model.step, mode='reduce-overhead' if device == 'cuda' else 'default', dynamic=False)
     config, knobs, stage = model.config, model.checkpoint.get('knobs', UNTRAINED), model.checkpoint.get('stage', 0)

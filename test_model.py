@@ -507,6 +507,15 @@ def test_a_mismatch_names_the_row_and_both_numbers(with_counts):
         model(**dict(batch, pixel_values=None))
 
 
+def test_what_stands_in_padding_counts_nothing():
+    """Neither an <IMG_CONTEXT> nor any other token behind the mask."""
+    model = tiny_model()
+    batch = without_labels(make_batch(model.config, TILES, THOUGHTS))
+    real = batch['attention_mask'].bool()
+    filled = dict(batch, input_ids=torch.where(real, batch['input_ids'], IMG))
+    assert not real.all() and torch.equal(model(**filled).logits[real], model(**batch).logits[real])
+
+
 def test_forward_refuses_what_does_not_hold_together():
     model = tiny_model()
     ids = torch.tensor([[5, 6, 7], [5, 6, 7]])

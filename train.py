@@ -38,7 +38,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure
-from model import Config, END_LATENT, IMG_CONTEXT, LATENT, MultiCoCo, START_LATENT, load_checkpoint, load_tokenizer, pick_device, read_checkpoint
+from model import Config, END_LATENT, IMG_CONTEXT, LATENT, MultiCoCo, START_LATENT, load_checkpoint, load_tokenizer, pick_device, pick_dtype, read_checkpoint
 from prepare import ANSWER, PROMPT, Rows, batches, build_text, micro_batches, read_split, replacing
 from sample import describe, respond, summarize
 
@@ -249,8 +249,9 @@ def evaluate(rows, split, stage, swap=False):
     metrics = summarize(said, time.time() - began)
     if 'accuracy' in metrics and not swap:
         for group, batch in load():
+            n = supervised(batch)
             with autocast:
-                losses.append((group[0], (model(**to_device(batch), edit_thought=edit).loss.item() * supervised(batch), supervised(batch))))
+                losses.append((group[0], (model(**to_device(batch), edit_thought=edit).loss.item() * n, n)))
         total, count = map(sum, zip(*merged(losses)))
         metrics['loss'] = total / count  # mean cross entropy over the supervised tokens
     return metrics, said
@@ -285,7 +286,7 @@ def log(event, **values):
         return
     with open(os.path.join(out_dir, 'metrics.jsonl'), 'a') as f:
         f.write(json.dumps(dict(event=event, step=step, stage=stage, epoch=epoch, time=round(elapsed(), 2), **values)) + '\n')
-    if wandb:
+    if wandb_run:
         wandb_run.log({f'{event}/{k}': v for k, v in dict(values, stage=stage, step=step).items() if isinstance(v, (int, float))})
 
 
@@ -380,9 +381,7 @@ if __name__ == '__main__':
     if threads:
         torch.set_num_threads(threads)
     device = pick_device(device)
-    dtype = knobs['dtype'] = ('bfloat16' if device == 'cuda' else 'float32') if dtype == 'auto' else dtype
-    if dtype not in ('float32', 'bfloat16'):
-        raise ValueError(f'dtype={dtype!r}: expected auto, float32 or bfloat16')
+    dtype = knobs['dtype'] = pick_dtype(dtype, device)
     autocast = torch.autocast(device, torch.bfloat16) if dtype == 'bfloat16' else nullcontext()
     loading = dict(num_workers=num_workers, pin_memory=device == 'cuda')
     micro = micro_batch_size or batch_size // world
@@ -431,7 +430,7 @@ if __name__ == '__main__':
     epoch = place = step = 0     # whole epochs done, batches of the next one, optimizer steps
     accuracy, best = 0.0, None   # latest validation accuracy; [stage, accuracy, -loss] of best.pt
     before, started, optimizer = 0.0, time.time(), new_optimizer()
-    meter, provenance, starts, lines = Counter(), start_of_run(), [], b''
+    meter, provenance, starts, lines, wandb_run = Counter(), start_of_run(), [], b'', None
 
     # --- data and schedule --------------------------------------------------------------------------------------------
     text_knobs = dict(mode=mode, c_thought=c_thought, max_latent_stage=max_latent_stage, pad_latent_to_max=pad_latent_to_max,
@@ -540,7 +539,7 @@ if __name__ == '__main__':
                 since = time.time()
             if step == last_step:
                 break
-            if save_every and step % save_every == 0:
+            if save_every and step % save_every == 0 and place < len(groups):  # at the epoch's end it is saved anyway
                 save('last.pt')
             waiting = time.time()
         save('last.pt')  # before the evaluation, so that a kill there costs nothing but it
