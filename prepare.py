@@ -30,7 +30,7 @@ from configurator import configure
 from model import END_IMG, END_LATENT, IMG, IMG_CONTEXT, LATENT, SPECIAL_TOKENS, START_LATENT, fetch
 
 # --- knobs of the command ---------------------------------------------------------------------------------------------
-dataset = 'HuggingFaceM4/A-OKVQA'  # hub id, folder of parquet files, JSON file in Coconut's format, or 'toy' to draw one
+dataset = 'HuggingFaceM4/A-OKVQA'  # hub id, folder of parquet files, JSON file in Coconut's format, 'toy' or 'prosqa' to draw one
 data_dir = 'data/aokvqa'           # the prepared folder
 init_from = 'OpenGVLab/InternVL3-1B-Pretrained'  # the checkpoint to train; 'scratch' trains a tokenizer on the data
 steps_from = 'first'               # 'first': the first rationale, cut into steps; 'all': each rationale is a step
@@ -41,6 +41,8 @@ cache_tiles = True                 # tiles as uint8 on disk; False cuts them whi
 train_rows = 8192                  # rows of each split, where the data set is drawn
 val_rows = 500
 test_rows = 500
+hops = 4                           # doors to follow in 'toy'
+nodes = 23                         # of a graph in 'prosqa'
 seed = 1337
 # --- how a row becomes text: train.py has the same knobs, here they only show the tokenizer what it will see
 PROMPT = '<image>\nQuestion: {question}\n\nChoices:\n{choices}\n\nLet me think step by step:\n'
@@ -338,7 +340,7 @@ def build_row(raw, split, steps_from='first', max_latent_stage=4):
     """A raw row to (prepared row, None), or to (None, the reason it is dropped)."""
     row = dict(question_id=str(raw.get('question_id', raw.get('idx', ''))), question=raw['question'].strip())
     if 'choices' not in raw:  # Coconut's format
-        return dict(row, steps=list(raw['steps']), answer=raw['answer'].strip()), None
+        return dict(row, **{key: list(raw[key]) for key in ('steps', 'results') if key in raw}, answer=raw['answer'].strip()), None
     row['choices'], right = [str(c).strip() for c in raw['choices']], raw['correct_choice_idx']
     if len(row['choices']) != 4:
         return None, 'without exactly four options'
@@ -471,10 +473,13 @@ if __name__ == '__main__':
         fetch(init_from)  # into the hub's cache now, so that training needs no network
     os.makedirs(data_dir, exist_ok=True)
     source = dataset
-    if dataset == 'toy':
+    if dataset in ('toy', 'prosqa'):
         import toy
-        source = os.path.join(data_dir, 'drawn')
-        toy.draw(source, dict(train=train_rows, validation=val_rows, test=test_rows), seed)
+        source, counts = os.path.join(data_dir, 'drawn'), dict(train=train_rows, validation=val_rows, test=test_rows)
+        if dataset == 'toy':
+            toy.draw(source, counts, seed, hops)
+        else:
+            source = toy.draw_graphs(source, counts, seed, nodes)
     prepared = {split: prepare_split(raw, split, data_dir, steps_from, max_latent_stage, image_size, max_tiles, cache_tiles)
                 for split, raw in read_raw(source, data_dir).items()}
     if init_from == 'scratch':

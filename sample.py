@@ -48,21 +48,28 @@ def find_images(image):
     return [name.strip() for name in image.split(',')] if image else [None]
 
 
+def is_right(row, said, answer):
+    """Whether `said`, an option or a whole text, is the row's answer; `answer` is the template of the answer line."""
+    if row.get('choices'):
+        return said == row['choices'][row['correct_choice_idx']]
+    return said.strip().split('\n')[-1] == fill(answer, row).split('\n')[-1]
+
+
 def respond(model, tokenizer, batch, rows, answer, **generation):
     """
-    Free-running answers to a batch: for each row a dict of text, tokens and thoughts; with choices also choice, its number, and parsed,
-    whether it could be read; with a known answer also right. `answer` is the template of the answer line.
+    Free-running answers to a batch: for each row a dict of text, tokens, thoughts and option, that is the text or the option that it names; with
+    choices also choice, its number, and parsed, whether it could be read; with a known answer also right.
     """
     new, said = model.generate(**batch, **generation), []
     tokens = (new != model.config.pad_token_id).sum(1).tolist()
     thoughts = (batch['input_ids'] == model.config.latent_token_id).sum(1).tolist()
     for row, text, n, k in zip(rows, tokenizer.batch_decode(new, skip_special_tokens=True), tokens, thoughts):
-        one = dict(question_id=row.get('question_id'), text=text, tokens=n, thoughts=k, parsed=True)
+        one = dict(question_id=row.get('question_id'), text=text, tokens=n, thoughts=k, parsed=True, option=text)
         if row.get('choices'):
             one['choice'], one['parsed'] = extract_choice(text, row['choices'])
+            one['option'] = row['choices'][one['choice']]
         if 'answer' in row:
-            one['right'] = one['choice'] == row['correct_choice_idx'] if row.get('choices') else \
-                text.strip().split('\n')[-1] == fill(answer, row).split('\n')[-1]
+            one['right'] = is_right(row, one['option'], answer)
         said.append(one)
     return said
 

@@ -28,6 +28,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 import bench
 import configurator
 import prepare
+import probe
 import toy
 import train
 from model import Config, GrowingCache, IMAGE_MEAN, IMAGE_STD, MultiCoCo, SPECIAL_TOKENS, add_special_tokens, lay_out, load_checkpoint, load_tokenizer
@@ -337,6 +338,89 @@ def test_edit_thought_is_what_is_fed_back():
     assert plain.thoughts.shape[1] == 0
     real = batch['attention_mask'].bool()
     assert relative(pause.logits[real], plain.logits[real]) < 1e-5
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what the thoughts are worth
+
+def test_interventions_change_what_they_say():
+    """Rows of a split with 3, 1, 3, 2 thoughts, met in another order and in two batches."""
+    model = tiny_model()
+    batch = without_labels(make_batch(model.config, [1, 0, 2, 1], [(3,), (1,), (2, 1), (1, 1)]))
+    with torch.no_grad():
+        own = torch.zeros(4, 3, model.config.hidden_size)
+        clean = model(**batch, edit_thought=probe.record(own)([0, 1, 2, 3])).thoughts
+        here = clean.any(-1)
+        assert here.sum(1).tolist() == [3, 1, 3, 2] and torch.equal(own * here[..., None], clean)
+        run = lambda name, b=batch, at=(0, 1, 2, 3): model(**b, edit_thought=probe.replace(name, clean)(list(at))).thoughts
+        assert not run('zero').any()
+        noise = run('noise')
+        torch.testing.assert_close(noise[:, 0].norm(dim=-1), clean[:, 0].norm(dim=-1))
+        assert F.cosine_similarity(noise[:, 0], clean[:, 0]).abs().max() < 0.6 and torch.equal(noise, run('noise')) and torch.equal(noise.any(-1), here)
+        mean = torch.stack([clean[here[:, k], k].mean(0) for k in range(3)])
+        torch.testing.assert_close(run('mean'), mean.expand(4, 3, -1) * here[..., None])
+        swapped = run('swap')
+        for a, b in ((0, 1), (1, 2), (2, 3), (3, 0)):
+            both = here[a] & here[b]
+            assert both.any() and torch.equal(swapped[a, both], clean[b, both])
+        assert swapped[0, 1].any()  # row 1 has but one thought: row 0 keeps its own second
+        for b in range(4):  # the same, row by row: a donor is the next row of the split, not of the batch
+            alone = {k: v for k, v in one_row(dict(batch, labels=batch['input_ids']), b).items() if k != 'labels'}
+            torch.testing.assert_close(run('swap', alone, [b])[0], swapped[b, :int(here[b].sum())], atol=1e-5, rtol=1e-4)
+        dropped = run('drop_last_2')
+        assert dropped.any(-1).sum(1).tolist() == [1, 0, 1, 0] and torch.equal(dropped[[0, 2], 0], clean[[0, 2], 0])
+
+
+def test_interventions_are_named():
+    assert probe.expand('') == [] and probe.expand(' zero, early_12') == ['zero', 'early_12']
+    assert probe.expand('drop_last_k,early', 2) == ['drop_last_1', 'drop_last_2', 'early_0', 'early_1']
+    assert probe.expand('all', 1) == ['zero', 'noise', 'mean', 'swap', 'image', 'drop_last_1', 'early_0']
+    for wrong in ('zeros', 'early_', 'drop_last_x', 'zero;mean'):
+        with pytest.raises(ValueError, match='expected zero, noise'):
+            probe.expand(wrong)
+
+
+def test_the_other_image_is_the_next_rows(run):
+    top, _ = run
+    rows = prepare.read_split(str(top / 'data'), 'test')
+    encoded = lambda rows: prepare.Rows(rows, 'test', 1, tokenizer=load_tokenizer(str(top / 'data' / 'tokenizer')), data_dir=str(top / 'data'),
+                                        image_size=84, max_tiles=1, num_image_tokens=9)
+    changed, clean = encoded(probe.with_other_images([*rows, dict(question='no image')])), encoded(rows)
+    assert len(changed) == len(clean)
+    for i in (0, 5, 16):
+        assert changed[i]['input_ids'] == clean[i]['input_ids']
+        assert torch.equal(changed[i]['pixel_values'], clean[(i + 1) % 17]['pixel_values'])
+
+
+def test_mcnemar_is_exact():
+    """Against the enumeration of all outcomes of n fair coins."""
+    for b, c in ((0, 0), (1, 0), (5, 5), (10, 2), (0, 9), (3, 7)):
+        n = b + c
+        heads = [bin(outcome).count('1') for outcome in range(2 ** n)]
+        extreme = sum(abs(h - n / 2) >= abs(b - n / 2) for h in heads) / 2 ** n
+        assert probe.mcnemar(b, c) == pytest.approx(extreme)
+    assert probe.mcnemar(0, 400) < 1e-100
+    assert probe.pair({'a': True, 'b': False, 'c': True}, {'a': False, 'b': False, 'c': True, 'd': True}) == (1, 0, 1.0)
+
+
+def test_what_thoughts_say(run):
+    """Thoughts made of the head's own rows say these tokens, and the table finds them in the steps."""
+    top, _ = run
+    model, tokenizer = load_checkpoint(str(top / 'out' / 'best.pt'))
+    head = model.language_model.lm_head.weight.detach()
+    ids = [tokenizer.encode(word)[0] for word in ('blue', 'green', 'red')]
+    say = lambda token: 50 * head[token] / head[token].norm()
+    rows = [dict(steps=['blue', 'green is it']), dict(steps=['blue']), dict(steps=['blue', 'x'], results=['blue', 'red'])]
+    thoughts = torch.stack([torch.stack([say(ids[0]), say(ids[1])]), torch.stack([say(ids[2]), torch.zeros(64)]), torch.stack([say(ids[0]), say(ids[2])])])
+    first, second = probe.read(model, tokenizer, thoughts, rows)
+    assert first['says'] == 'blue' and first['share'] == pytest.approx(2 / 3)
+    assert first['names_step'] == pytest.approx([2 / 3, 0]) and second['names_step'] == pytest.approx([0, 1])  # of two rows, the third has none
+    p = (thoughts[:, 0] @ head.T).softmax(-1)
+    assert first['entropy_bits'] == pytest.approx(-(p * p.log2()).nan_to_num().sum(1).mean().item(), abs=1e-4)
+    assert first['mass_on_step'][0] == pytest.approx(p[:, [ids[0], tokenizer.encode(' blue')[0]]].sum(1).mean().item(), abs=1e-4)
+    assert first['norm'] == pytest.approx(50) and first['cosine_before'] is None
+    assert second['cosine_before'] == pytest.approx(F.cosine_similarity(thoughts[[0, 2], 0], thoughts[[0, 2], 1]).mean().item(), abs=1e-5)
+    assert len(list(probe.describe_thoughts([first, second]))) == 3
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -834,6 +918,33 @@ def test_colour_chain_is_what_it_says():
         assert len({start, *(s.split()[0] for s in row['rationales'])}) == 5 and start not in row['choices'] and len(set(row['choices'])) == 4
         invertible += len(set(leads_to.values())) == 8
     assert invertible == 0
+    assert len(toy.draw_chain(np.random.default_rng(0), 6)[1]['rationales']) == 6
+
+
+@pytest.mark.parametrize('nodes', (12, 23))
+def test_graphs_are_what_they_say(nodes):
+    """Read from the question alone: one of the two kinds can be reached, the steps are a shortest way to it."""
+    lengths, first = [], 0
+    for seed in range(40):
+        row = toy.draw_graph(np.random.default_rng(seed), nodes)
+        *facts, question = re.findall(r'[^.?]+[.?]', row['question'])
+        edges = [re.fullmatch(r'(?:Every )?(\w+) is a (\w+)\.', fact.strip()).groups() for fact in facts]
+        who, one, other = re.fullmatch(r'Is (\w+) a (\w+) or a (\w+)\?', question.strip()).groups()
+        assert len(set(edges)) == len(edges) and all(fact.strip().startswith('Every') == a.endswith('mpus') for fact, (a, b) in zip(facts, edges))
+        reached, away, far = {who: 0}, {who}, 0
+        while away:
+            away, far = {b for a, b in edges if a in away} - reached.keys(), far + 1
+            reached.update(dict.fromkeys(away, far))
+        right = row['results'][-1]
+        assert {one, other} & reached.keys() == {right} and row['answer'] == f'{who} is a {right}.' and right in (one, other)
+        assert len(row['steps']) == len(row['results']) == reached[right] >= 3
+        here = who
+        for step, result in zip(row['steps'], row['results']):
+            assert (here, result) in edges and step == f'{"" if here == who else "Every "}{here} is a {result}.'
+            here = result
+        lengths.append(len(row['steps']))
+        first += right == one
+    assert len(set(lengths)) > 1 and 10 <= first <= 30
 
 
 RAW = dict(question_id='a', question='Q? ', choices=list('wxyz'), correct_choice_idx=2, rationales=['One two. Three!', 'b'])
@@ -974,11 +1085,12 @@ def weights_of(path):
 
 def test_a_run_leaves_what_it_promises(run):
     top, said = run
-    assert 'test clean' in said and 'with the thoughts of another image' in said
+    assert re.search(r'test: swap +accuracy +[\d.]+ %, clean +[\d.]+ %', said) and 'ms an answer one by one' in said and '\n       2 | ' in said
     out = top / 'out'
-    assert {'best.pt', 'last.pt', 'epoch_1.pt', 'epoch_2.pt', 'metrics.jsonl', 'metrics_epoch_2.json', 'curves.png', 'predictions_test.json'} <= set(os.listdir(out))
+    assert {'best.pt', 'last.pt', 'epoch_1.pt', 'epoch_2.pt', 'metrics.jsonl', 'metrics_epoch_2.json', 'curves.png', 'predictions_test.json',
+            'thoughts_test.json', 'thoughts_test.png'} <= set(os.listdir(out))
     events = [json.loads(line) for line in open(out / 'metrics.jsonl')]
-    assert [e['event'] for e in events] == (['train'] * 3 + ['eval']) * 2 + ['final', 'final', 'swapped']
+    assert [e['event'] for e in events] == (['train'] * 3 + ['eval']) * 2 + ['final', 'final', 'speed', 'intervention']
     assert [e['step'] for e in events if e['event'] == 'train'] == [1, 2, 3, 4, 5, 6]
     for e in events:
         assert {'event', 'step', 'stage', 'epoch', 'time'} <= e.keys()
@@ -988,7 +1100,7 @@ def test_a_run_leaves_what_it_promises(run):
     predictions, rows = json.load(open(out / 'predictions_test.json')), prepare.read_split(str(top / 'data'), 'test')
     assert all(predictions[r['question_id']]['multiple_choice'] in r['choices'] for r in rows) and len(predictions) == len(rows)
     right = sum(predictions[r['question_id']]['multiple_choice'] == r['choices'][r['correct_choice_idx']] for r in rows)  # official metric
-    assert right / len(rows) == events[-2]['accuracy']
+    assert right / len(rows) == events[-3]['accuracy']
     best = torch.load(out / 'best.pt', weights_only=True)
     assert {'model', 'config', 'tokenizer', 'knobs', 'stage', 'epoch', 'step', 'accuracy'} <= best.keys()
     assert best['stage'] == 1  # the furthest stage, whatever stage 0 scored
@@ -1037,7 +1149,7 @@ def assert_same_run(a, b):
             states = [c['optimizer']['state'] for c in (one, two)]
             assert all(torch.equal(states[1][p][k], v) for p, state in states[0].items() for k, v in state.items()), name
             assert one['random'][:2] == two['random'][:2] and torch.equal(one['random'][2], two['random'][2]), name
-    for kind in ('train', 'eval', 'final', 'swapped'):
+    for kind in ('train', 'eval', 'final', 'intervention'):
         assert events(a, kind) == events(b, kind), kind
     assert (a / 'predictions_test.json').read_text() == (b / 'predictions_test.json').read_text()
 
@@ -1218,7 +1330,11 @@ def test_modes_run(run, mode):
     top, _ = run
     said = script('train.py', *TOY, f'--data_dir={top}/data', f'--out_dir={top}/{mode}', f'--mode={mode}', '--max_steps=4')
     final = [json.loads(line) for line in open(top / mode / 'metrics.jsonl')][-1]
-    assert final['thoughts_per_answer'] == (2 if mode == 'pause' else 0) and 'another image' not in said
+    assert final['event'] == ('intervention' if mode == 'pause' else 'speed')
+    if mode == 'pause':
+        assert final['only_clean'] == final['only_changed'] == 0  # a pause is the same in every row: swapped, nothing changes
+    else:
+        assert 'swap left out, these answers have no thoughts' in said
 
 
 def test_sample_answers_a_batch(run):
@@ -1233,6 +1349,29 @@ def test_sample_answers_a_batch(run):
     answers = lambda said: re.findall('-> .*', said)
     assert answers(script(*args, '--image', images[0], '--dtype=bfloat16')) == answers(script(*args, '--image', images[0]))
     assert script(*args, '--image', top / 'data' / 'images' / 'test').count('visual tokens') == 17
+
+
+def test_evidence_on_a_checkpoint(run, tmp_path):
+    """Interventions and paired tests by the command; they do not depend on the batches in which the rows come."""
+    top, _ = run
+    found = []
+    for size in (16, 5):
+        said = script('train.py', *TOY, f'--data_dir={top}/data', f'--out_dir={tmp_path}/{size}', '--eval_only=True', f'--init_from={top}/out/best.pt',
+                      '--intervene=all,early_3', f'--compare={top}/out', f'--eval_batch_size={size}')
+        assert f'of 17 questions 0 are right here alone, 0 in {top}/out alone, McNemar p = 1' in said
+        found.append({e['name']: e for e in events(tmp_path / str(size), 'intervention')})
+    assert list(found[0]) == ['zero', 'noise', 'mean', 'swap', 'image', 'drop_last_1', 'drop_last_2', 'early_0', 'early_1', 'early_3']
+    for name in ('zero', 'mean', 'swap', 'image', 'drop_last_1', 'early_1'):
+        assert found[0][name] == found[1][name], name
+    assert [found[0][f'early_{k}']['thoughts_per_answer'] for k in (0, 1, 3)] == [0, 1, 3] and found[0]['zero']['thoughts_per_answer'] == 2
+    assert found[0]['drop_last_2']['accuracy'] == found[0]['zero']['accuracy']
+    rows = prepare.read_split(str(top / 'data'), 'test')
+    clean = json.load(open(top / 'out' / 'predictions_test.json'))
+    clean = sum(clean[r['question_id']]['multiple_choice'] == r['choices'][r['correct_choice_idx']] for r in rows)
+    assert all(clean - e['only_clean'] + e['only_changed'] == round(17 * e['accuracy']) for e in found[0].values())
+    said = script('train.py', *TOY, f'--data_dir={top}/data', f'--out_dir={tmp_path}/pause', '--eval_only=True', f'--init_from={top}/out/best.pt',
+                  '--mode=pause', '--intervene=')
+    assert "mode is 'pause' here, the checkpoint was trained with 'coconut'" in said and 'swap' not in said.split('test: accuracy')[1]
 
 
 def test_bad_input_gets_one_sentence(run, tmp_path):
@@ -1263,6 +1402,8 @@ def test_bad_input_gets_one_sentence(run, tmp_path):
     assert 'run prepare.py with the same config first' in train('--data_dir=nowhere', f'--init_from={best}')
     assert "mode='coco'" in train('--mode=coco')
     assert 'expected True or False' in train('--reset_optimizer=1')
+    assert "intervene='zeroes': expected zero, noise" in train('--intervene=zeroes')
+    assert 'compare=nowhere: no predictions_*.json there' in train('--compare=nowhere')
     assert 'no checkpoint at' in train('--init_from=resume')
     assert not list((tmp_path / 'out').glob('*.part'))
 
@@ -1335,5 +1476,9 @@ def test_coconuts_own_files_train_as_they_are(tmp_path):
     script('prepare.py', '--dataset', tmp_path / 'logic_train.json', '--data_dir', tmp_path / 'data', '--init_from=scratch')
     said = script('train.py', *TOY, f'--data_dir={tmp_path}/data', f'--out_dir={tmp_path}/out', '--prompt={question}\n', '--answer=### {answer}')
     assert 'test' not in said.split('best.pt')[1] and 'validation' in said.split('best.pt')[1]
+    script('prepare.py', 'config/prosqa.py', f'--data_dir={tmp_path}/drawn', '--train_rows=32', '--val_rows=8', '--test_rows=8')
+    said = script('train.py', 'config/prosqa.py', f'--data_dir={tmp_path}/drawn', f'--out_dir={tmp_path}/graphs', '--max_steps=2', '--batch_size=16',
+                  '--epochs_stage0=0', '--num_workers=0', '--intervene=swap,image')
+    assert re.search('test: swap +accuracy', said) and 'test: image left out, these answers have no image' in said
     (tmp_path / 'broken.json').write_text('[{"question": 1}]')
     assert 'not a JSON list of rows' in script('prepare.py', '--dataset', tmp_path / 'broken.json', '--data_dir', tmp_path / 'd', '--init_from=scratch', fails=True)

@@ -1,7 +1,7 @@
 """
-The data set that is drawn, not downloaded: "colour chain", in A-OKVQA's schema, called by prepare.py.
+The data sets that are drawn, not downloaded; prepare.py calls them.
 
-A 3x3 grid of 28-pixel cells: eight rooms and a blank. A room's outer square is its colour, the inner square is the colour of the
+"Colour chain", in A-OKVQA's schema. A 3x3 grid of 28-pixel cells: eight rooms and a blank. A room's outer square is its colour, the inner square is the colour of the
 room its door leads to. "Four doors from red?" starts in the red room and follows four doors. Its
 steps are three colours and a sentence: "blue", "green", "pink", "black is where the last door leads".
 
@@ -14,8 +14,15 @@ and nothing else; the answer needs four look-ups in sequence.
 
 Why not four sentences: thoughts keep the rhythm of the words. A colour is looked up two tokens after the one before, at the line's end,
 and so are thoughts 1, 3, 5 and 7 with two thoughts a step. Where sentences stand between look-ups, every stage has to learn that anew.
+
+"ProsQA-like graphs", text in Coconut's format, after the construction of ProsQA in its appendix (arXiv 2412.06769, Algorithm 1): "Tom is a wumpus. Every
+wumpus is a lompus. ... Is Tom a lompus or a rempus?" Of two kinds one can be reached from Tom, and the steps are the edges of a shortest way
+there. Kinds that another person leads to are the other half of the graph, so that the answer cannot be told from the kinds alone.
 """
+import functools
 import io
+import json
+import operator
 import os
 
 import numpy as np
@@ -44,8 +51,10 @@ def draw_chain(rng, hops=HOPS):
                        difficult_direct_answer=False, rationales=[*(names[r] for r in path[1:-1]), f'{names[path[-1]]} is where the last door leads'])
 
 
-def draw(folder, rows, seed):
+def draw(folder, rows, seed, hops=HOPS):
     """Writes `rows` (split -> number) as {folder}/{split}.parquet, images as PNG. Every split has its own random stream."""
+    if not 1 <= hops < len(NUMBERS):
+        raise ValueError(f'hops={hops}: expected 1 to {len(NUMBERS) - 1}')
     from datasets import Dataset, Features, List, Value
     from datasets import Image as ImageFeature
     features = Features(image=ImageFeature(), question_id=Value('string'), question=Value('string'), choices=List(Value('string')),
@@ -55,10 +64,69 @@ def draw(folder, rows, seed):
     for number, (split, count) in enumerate(rows.items()):
         rng, drawn = np.random.default_rng((seed, number)), []
         for i in range(count):
-            image, fields = draw_chain(rng)
+            image, fields = draw_chain(rng, hops)
             png = io.BytesIO()
             Image.fromarray(image).save(png, 'PNG')
             drawn.append(dict(fields, image=dict(bytes=png.getvalue(), path=None), question_id=f'{i:05d}'))
         path = os.path.join(folder, f'{split}.parquet')
         Dataset.from_list(drawn, features=features).to_parquet(path + '.part')
         os.replace(path + '.part', path)
+
+
+PEOPLE = 'Alex Tom Jack Sally Davis Bob Max Fae Stella Carol Wren Polly Rex Sam Oliver'.split()
+STEPS = 3  # of a way, at least
+KINDS = [f'{start}mpus' for start in 'wu ya zu du ro nu tu vu jo sho yu go le lo bri gri ste fo re ti scro bo hi gwo fi ke la da pi qua'.split()]
+
+
+def draw_graph(rng, nodes):
+    """
+    One row in Coconut's format, and under `results` the kind that each step arrives at. Nodes 0 and 1 are people; each later node gets Poisson(1.5)
+    parents, deep ones more likely. A node without a parent is a person. 35 % of the nodes may not descend from 1, 35 % not from 0.
+    """
+    while True:
+        parents, family, depth = [[], []], [1, 2], [0, 0]  # family: 1 descends from node 0, 2 from node 1, 3 from both, 0 from neither
+        for node in range(2, nodes):
+            shut = rng.choice((2, 1, 0), p=(0.35, 0.35, 0.3))
+            open_to = [n for n in range(node) if not family[n] & shut]
+            weight = np.array([1 + 1.5 * depth[n] for n in open_to])
+            chosen = rng.choice(open_to, min(len(open_to), rng.poisson(1.5)), replace=False, p=weight / weight.sum()).tolist() if open_to else []
+            parents.append(chosen)
+            family.append(functools.reduce(operator.or_, (family[n] for n in chosen), 0))
+            depth.append(1 + max((depth[n] for n in chosen), default=-1))
+        ways = [shortest_ways(parents, start) for start in (0, 1)]
+        ends = [[n for n in range(2, nodes) if family[n] == 1 + start] for start in (0, 1)]
+        if all(ends):
+            right, wrong = (max(ends[start], key=lambda n: (len(ways[start][n]), rng.random())) for start in (0, 1))  # the furthest of each
+            if len(ways[0][right]) > STEPS:
+                break  # else there is no trap, or too short a way: draw another graph
+    people, kinds = rng.permutation(PEOPLE).tolist(), rng.permutation(KINDS[:nodes]).tolist()
+    name = [kinds.pop() if above else people.pop() for above in parents]
+    says = lambda a, b: f'{"Every " if parents[a] else ""}{name[a]} is a {name[b]}.'
+    facts = [says(a, b) for b in range(nodes) for a in parents[b]]
+    one, other = rng.permutation([right, wrong])
+    way = ways[0][right]
+    return dict(question=' '.join([*rng.permutation(facts), f'Is {name[0]} a {name[one]} or a {name[other]}?']),
+                steps=[says(a, b) for a, b in zip(way, way[1:])], answer=f'{name[0]} is a {name[right]}.', results=[name[n] for n in way[1:]])
+
+
+def shortest_ways(parents, start):
+    """Node -> a shortest way from `start` to it, for all that descend from it; parents come before their children."""
+    ways = {start: [start]}
+    for node, above in enumerate(parents):
+        if reached := [ways[n] for n in above if n in ways]:
+            ways[node] = [*min(reached, key=len), node]
+    return ways
+
+
+def draw_graphs(folder, rows, seed, nodes):
+    """Writes `rows` (split -> number) as Coconut names its files; gives the path of the first."""
+    if not STEPS + 3 <= nodes <= len(KINDS):
+        raise ValueError(f'nodes={nodes}: expected {STEPS + 3} to {len(KINDS)}')
+    os.makedirs(folder, exist_ok=True)
+    paths = [os.path.join(folder, f'prosqa_{dict(validation="valid").get(split, split)}.json') for split in rows]
+    for number, (path, count) in enumerate(zip(paths, rows.values())):
+        rng = np.random.default_rng((seed, number))
+        with open(path + '.part', 'w', encoding='utf-8') as f:
+            json.dump([draw_graph(rng, nodes) for _ in range(count)], f)
+        os.replace(path + '.part', path)
+    return paths[0]

@@ -8,7 +8,8 @@ Trains MultiCoCo through its curriculum: stage 0 writes every step, stage k hide
     torchrun --standalone --nproc_per_node=8 train.py config/aokvqa.py    the same on 8 GPUs
 
 Leaves in out_dir: last.pt (to resume from), epoch_{k}.pt, best.pt (best validation accuracy within the furthest stage), run.json (how
-it was started), metrics.jsonl, metrics_epoch_{k}.json, predictions_{split}.json, curves.png.
+it was started), metrics.jsonl, metrics_epoch_{k}.json, predictions_{split}.json, curves.png, and where there are thoughts
+thoughts_{split}.json and .png (see probe.py).
 """
 import glob
 import hashlib
@@ -37,10 +38,11 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+import probe
 from configurator import configure
 from model import Config, END_LATENT, IMG_CONTEXT, LATENT, MultiCoCo, START_LATENT, load_checkpoint, load_tokenizer, pick_device, pick_dtype, read_checkpoint
 from prepare import ANSWER, PROMPT, Rows, batches, build_text, micro_batches, read_split, replacing
-from sample import describe, respond, summarize
+from sample import describe, is_right, respond, summarize
 
 # --- knobs: data ------------------------------------------------------------------------------------------------------
 data_dir = 'data/aokvqa'        # what prepare.py made
@@ -106,12 +108,15 @@ dry_run = False                 # print schedule, rows and prompts, and stop
 eval_only = False               # evaluate init_from at its stage and stop
 eval_batch_size = 32
 max_new_tokens = 128
+intervene = 'swap'              # what is done to the thoughts in the last evaluation, a list: see probe.py; '' for nothing
+compare = ''                    # out_dirs of runs over the same questions, for paired tests with this one
 log_interval = 50               # steps between log lines
 wandb = False                   # log to Weights & Biases as well
 # ----------------------------------------------------------------------------------------------------------------------
 # a resumed run may change these; any other knob would make it another run
 FREE = ('data_dir', 'out_dir', 'init_from', 'device', 'threads', 'num_workers', 'micro_batch_size', 'activation_checkpointing', 'cache_tiles',
-        'max_steps', 'save_every', 'overwrite', 'dry_run', 'eval_only', 'eval_batch_size', 'log_interval', 'wandb')
+        'max_steps', 'save_every', 'overwrite', 'dry_run', 'eval_only', 'eval_batch_size', 'intervene', 'compare',
+        'log_interval', 'wandb')
 STATE = ('epoch', 'place', 'step', 'stage', 'accuracy', 'best')  # what the loop counts, all of it saved
 SIGNALS = []                                                     # those that asked this process to stop
 
@@ -128,9 +133,9 @@ class Stage(NamedTuple):
 
 # --- schedule ---------------------------------------------------------------------------------------------------------
 
-def rows_for(split, stage):
-    """The rows of a split that fit max_length at this stage; the others are counted."""
-    encoded = Rows(read_split(data_dir, split), split, stage, uniform_prob=uniform_prob, **row_knobs)
+def rows_for(split, stage, rows=None):
+    """The rows of a split, or these, that fit max_length at this stage; the others are counted."""
+    encoded = Rows(rows or read_split(data_dir, split), split, stage, uniform_prob=uniform_prob, **row_knobs)
     kept = [row for i, row in enumerate(encoded.rows) if encoded.fits(i)]
     if len(kept) < len(encoded):
         print(f'stage {stage}: {len(encoded) - len(kept)} of {len(encoded)} {split} rows need more than max_length={max_length}: dropped')
@@ -226,28 +231,34 @@ def leave():
 
 
 @torch.no_grad()
-def evaluate(rows, split, stage, swap=False):
+def evaluate(rows, split, stage, change=None, size=0, most=0, with_loss=False, **text):
     """
-    Free-running greedy answers: metrics, and what was said to each row. With `swap`, each row is answered with the thoughts that the
-    row before it in the batch has when left alone. The ranks share the batches.
+    Free-running greedy answers: metrics, and what was said to each row. The ranks share the batches.
+
+    change     places of rows in `rows` -> an edit_thought for them (see probe.py)
+    size       rows of a batch; 0 for eval_batch_size
+    most       new tokens of an answer at most; 0 for max_new_tokens
+    with_loss  measure the loss too
+    text       knobs of the text that differ from this run's
     """
     model.eval()
-    groups = [group.tolist() for group in np.array_split(np.arange(len(rows)), math.ceil(len(rows) / eval_batch_size))][rank::world]
-    load = lambda **encoding: zip(groups, batches(Rows(rows, split, stage, **encoding, **row_knobs), groups, **loading))
+    groups = [group.tolist() for group in np.array_split(np.arange(len(rows)), math.ceil(len(rows) / (size or eval_batch_size)))][rank::world]
+    load = lambda **how: zip(groups, batches(Rows(rows, split, stage, **{**row_knobs, **text, **how}), groups, **loading))
     merged = lambda found: [value for _, value in sorted(sum(all_ranks(found), []), key=lambda pair: pair[0])]  # each row once, in order
-    said, losses, began = [], [], time.time()
+    said, losses, seconds = [], [], 0.0
     for group, batch in load(supervised=False):
         if SIGNALS:
             leave()  # last.pt was written before the evaluation began
-        batch, clean, hook = to_device(batch), {}, edit
+        batch, hook, began = to_device(batch), edit, time.time()
+        if change is not None:
+            changed = change(group)
+            hook = lambda k, thought: changed(k, thought if edit is None else edit(k, thought))
         with autocast:
-            if swap:
-                model.generate(**batch, max_new_tokens=1, edit_thought=lambda k, t: clean.setdefault(k, t))
-                hook = lambda k, t: clean[k].roll(1, 0) if k in clean else t
-            said += zip(group, respond(model, tokenizer, batch, [rows[i] for i in group], answer, max_new_tokens=max_new_tokens, edit_thought=hook))
+            said += zip(group, respond(model, tokenizer, batch, [rows[i] for i in group], answer, max_new_tokens=most or max_new_tokens, edit_thought=hook))
+        seconds += time.time() - began  # without the loading of rows
     said = merged(said)
-    metrics = summarize(said, time.time() - began)
-    if 'accuracy' in metrics and not swap:
+    metrics = summarize(said, sum(all_ranks(seconds)))
+    if with_loss and 'accuracy' in metrics:
         for group, batch in load():
             n = supervised(batch)
             with autocast:
@@ -258,20 +269,61 @@ def evaluate(rows, split, stage, swap=False):
 
 
 def report(stage):
-    """Evaluates validation and test, writes A-OKVQA's prediction files; gives (split, rows, metrics) of the last with labels."""
+    """Evaluates validation and test, writes A-OKVQA's prediction files; then examines the last of them that has labels."""
     labelled = None
     for split in ('validation', 'test'):
         if not os.path.isfile(os.path.join(data_dir, f'{split}.jsonl')):
             continue
         rows = rows_for(split, stage)
-        metrics, answers = evaluate(rows, split, stage)
+        metrics, said = evaluate(rows, split, stage, with_loss=True)
         print(f'{split}: {describe(metrics)}', flush=True)
         log('final', split=split, **metrics)
-        options = (row['choices'][said['choice']] if 'choice' in said else said['text'] for row, said in zip(rows, answers))
-        write(f'predictions_{split}.json', {row['question_id']: {'multiple_choice': option} for row, option in zip(rows, options)})
+        write(f'predictions_{split}.json', {one['question_id']: {'multiple_choice': one['option']} for one in said})
         if 'accuracy' in metrics:
-            labelled = split, rows, metrics
-    return labelled
+            labelled = split, rows, said
+    if labelled:
+        examine(*labelled, stage)
+
+
+def examine(split, rows, said, stage):
+    """What the answers to a split owe to the thoughts: their time, paired tests with other runs, what the thoughts say, interventions."""
+    seconds = [evaluate(rows[:64], split, stage, size=size)[0]['seconds_per_answer'] for size in (1, 32)]
+    print(f'{split}: {1000 * seconds[0]:.2f} ms an answer one by one, {1000 * seconds[1]:.2f} ms in batches of 32')
+    log('speed', split=split, seconds=seconds)
+    right = {one['question_id']: one['right'] for one in said}
+    for folder in filter(None, compare.split(',')):
+        theirs = json.load(open(os.path.join(folder, f'predictions_{split}.json')))
+        theirs = {row['question_id']: is_right(row, theirs[row['question_id']]['multiple_choice'], answer) for row in rows if row['question_id'] in theirs}
+        here, there, p = probe.pair(right, theirs)
+        print(f'{split}: of {len(theirs)} questions {here} are right here alone, {there} in {folder} alone, McNemar p = {p:.2g}')
+        log('compare', split=split, other=folder, here=here, there=there, p=p)
+    n = max(one['thoughts'] for one in said)
+    thoughts = torch.zeros(len(rows), n, config.hidden_size)
+    if n:
+        evaluate(rows, split, stage, probe.record(thoughts), most=1)
+        thoughts = sum(all_ranks(thoughts))
+        table = probe.read(model, tokenizer, thoughts, rows)
+        print(*probe.describe_thoughts(table), sep='\n', flush=True)
+        write(f'thoughts_{split}.json', table)
+        if not rank:
+            probe.draw_thoughts(os.path.join(out_dir, f'thoughts_{split}.png'), model, tokenizer, thoughts, rows, table)
+    for name in probe.expand(intervene, n):
+        change, text, shown = None, {}, rows
+        if name == 'image':
+            shown = probe.with_other_images(rows)
+            shown = shown and rows_for(split, stage, shown)
+        elif name.startswith('early_'):
+            text = dict(c_thought=int(name.removeprefix('early_')), max_latent_stage=1)  # stage k asks for min(k, 1) * c_thought thoughts
+        else:
+            change = probe.replace(name, thoughts)
+        if not shown or not (n or name == 'image'):
+            print(f'{split}: {name} left out, these answers have no {"image" if n else "thoughts"}')
+            continue
+        metrics, changed = evaluate(shown, split, stage, change, **text)
+        clean, now, p = probe.pair(right, {one['question_id']: one['right'] for one in changed})
+        print(f'{split}: {name:<12} accuracy {100 * metrics["accuracy"]:5.1f} %, clean {100 * sum(right.values()) / len(right):5.1f} %, '
+              f'{metrics["tokens_per_answer"]:4.1f} tokens; {clean} of {metrics["examples"]} right only when clean, {now} only when changed, McNemar p = {p:.2g}', flush=True)
+        log('intervention', split=split, name=name, only_clean=clean, only_changed=now, p=p, **metrics)
 
 
 # --- the run's folder: written by rank 0 alone --------------------------------------------------------------------------
@@ -346,31 +398,6 @@ def start_of_run():
                 versions=dict(packages, python=platform.python_version()), knobs=knobs)
 
 
-def plot():
-    """curves.png: accuracy and loss over steps, stages marked."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    with open(os.path.join(out_dir, 'metrics.jsonl')) as f:
-        events = [json.loads(line) for line in f]
-    trained, evaluated = ([e for e in events if e['event'] == kind] for kind in ('train', 'eval'))
-    figure, axes = plt.subplots(2, 1, sharex=True, figsize=(7, 4.5), height_ratios=(2, 1))
-    axes[0].plot([e['step'] for e in evaluated], [100 * e['accuracy'] for e in evaluated], 'o-', ms=3)
-    axes[0].set(ylabel='validation accuracy, %', ylim=(0, 102))
-    axes[1].semilogy([e['step'] for e in trained], [e['loss'] for e in trained], lw=0.8, label='training')
-    axes[1].semilogy([e['step'] for e in evaluated], [e['loss'] for e in evaluated], 'o', ms=3, label='validation')
-    axes[1].set(ylabel='loss', xlabel='optimizer steps')
-    axes[1].legend(fontsize=7)
-    for s, end in {e['stage']: e['step'] for e in evaluated}.items():
-        axes[0].text(end, 4, f'stage {s} ', ha='right', fontsize=7)
-        for axis in axes:
-            axis.axvline(end, color='grey', lw=0.5)
-    figure.tight_layout()
-    with replacing(os.path.join(out_dir, 'curves.png')) as part:
-        figure.savefig(part, dpi=120, format='png')
-    plt.close(figure)
-
-
 if __name__ == '__main__':
     # --- setup --------------------------------------------------------------------------------------------------------
     rank, local_rank, world = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))  # by torchrun
@@ -388,6 +415,10 @@ if __name__ == '__main__':
     if micro < 1 or batch_size % (micro * world):
         raise ValueError(f'batch_size={batch_size} is not a multiple of {micro * world}: {world} rank(s) with micro-batches of {micro}; '
                          'change one of them')
+    probe.expand(intervene)
+    for folder in filter(None, compare.split(',')):
+        if not glob.glob(os.path.join(folder, 'predictions_*.json')):
+            raise ValueError(f'compare={folder}: no predictions_*.json there; give the out_dir of a run that has ended')
     held = glob.glob(os.path.join(out_dir, '*.pt'))
     if held and init_from != 'resume' and not (overwrite or dry_run):
         raise ValueError(f'{out_dir} holds another run ({os.path.basename(held[0])}): go on with it by --init_from=resume, choose another '
@@ -440,6 +471,9 @@ if __name__ == '__main__':
     if eval_only:
         os.makedirs(out_dir, exist_ok=True)
         stage = saved.get('stage', 0)  # a checkpoint that is not ours writes its steps
+        for key, value in text_knobs.items():
+            if saved.get('knobs', {}).get(key, value) != value:
+                print(f'{key} is {value!r} here, the checkpoint was trained with {saved["knobs"][key]!r}')
         report(stage)
         raise SystemExit(0)
     stages = make_schedule()
@@ -466,7 +500,7 @@ if __name__ == '__main__':
         starts = json.load(open(os.path.join(out_dir, 'run.json')))
         print(f'resumed in stage {stage} after {epoch} epochs, {step} steps')
     saved = None
-    for kind in ('*.part',) if init_from == 'resume' else ('*.part', '*.pt', 'metrics_epoch_*', 'predictions_*', 'curves.png'):
+    for kind in ('*.part',) if init_from == 'resume' else ('*.part', '*.pt', 'metrics_epoch_*', 'predictions_*', 'thoughts_*', 'curves.png'):
         for path in glob.glob(os.path.join(out_dir, kind)) if not rank else ():
             os.remove(path)  # what a killed process was writing; with overwrite, the earlier run
     write('metrics.jsonl', lines, 'wb')
@@ -543,7 +577,7 @@ if __name__ == '__main__':
                 save('last.pt')
             waiting = time.time()
         save('last.pt')  # before the evaluation, so that a kill there costs nothing but it
-        metrics, _ = evaluate(now.validation, 'validation', stage)
+        metrics, _ = evaluate(now.validation, 'validation', stage, with_loss=True)
         whole, accuracy = place == len(groups), metrics['accuracy']
         if whole:
             epoch, place = epoch + 1, 0
@@ -558,7 +592,8 @@ if __name__ == '__main__':
             save(f'epoch_{epoch}.pt')
             save('last.pt')
         if not rank and (step == last_step or epochs[epoch].stage != stage):
-            plot()
+            with open(os.path.join(out_dir, 'metrics.jsonl')) as f:
+                probe.draw_curves(os.path.join(out_dir, 'curves.png'), [json.loads(line) for line in f])
 
     # --- what came out ------------------------------------------------------------------------------------------------
     if world > 1:
@@ -567,11 +602,7 @@ if __name__ == '__main__':
     model.load_state_dict(saved['model'])
     stage, epoch, step = saved['stage'], saved['epoch'], saved['step']
     print(f'best.pt: stage {stage}, epoch {epoch}')
-    split, rows, metrics = report(stage)
-    if metrics['thoughts_per_answer'] and mode == 'coconut' and len(rows) > 1:
-        swapped, _ = evaluate(rows, split, stage, swap=True)
-        log('swapped', split=split, **swapped)
-        print(f'{split} clean {100 * metrics["accuracy"]:.1f} %, with the thoughts of another image {100 * swapped["accuracy"]:.1f} %')
+    report(stage)
     print(f'{elapsed() / 60:.1f} minutes')
     if world > 1:
         dist.destroy_process_group()

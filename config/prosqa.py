@@ -1,0 +1,42 @@
+# Graphs like ProsQA's, text only, and a small decoder from scratch.
+dataset = 'prosqa'           # or --dataset=prosqa_train.json, Coconut's own file
+data_dir = 'data/prosqa'
+out_dir = 'out-prosqa'
+init_from = 'scratch'
+nodes = 12                   # of a graph; ProsQA has 23 on average
+train_rows = 16384
+seed = 0
+
+prompt = '{question}\n'
+answer = '{answer}'
+max_length = 512
+max_new_tokens = 64
+
+c_thought = 1
+max_latent_stage = 4
+epochs_stage0 = 6
+epochs_per_stage = 2
+learning_rate_stage0 = 2e-3
+learning_rate = 5e-4
+
+hidden_size = 64
+intermediate_size = 192
+num_hidden_layers = 3
+num_attention_heads = 4
+num_key_value_heads = 4
+head_dim = 16
+rope_theta = 1e4
+tie_word_embeddings = True
+vision_hidden_size = 32      # no image is ever shown: as small as it can be
+vision_intermediate_size = 32
+vision_num_layers = 1
+vision_num_heads = 1
+image_size = 28
+
+batch_size = 64
+eval_batch_size = 250
+beta2 = 0.98
+adam_eps = 1e-5
+weight_decay = 0.01
+warmup_steps = 100
+threads = 1
