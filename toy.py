@@ -97,8 +97,8 @@ def draw_graph(rng, nodes):
         ends = [[n for n in range(2, nodes) if family[n] == 1 + start] for start in (0, 1)]
         if all(ends):
             right, wrong = (max(ends[start], key=lambda n: (len(ways[start][n]), rng.random())) for start in (0, 1))  # the furthest of each
-            if len(ways[0][right]) > STEPS:
-                break  # else there is no trap, or too short a way: draw another graph
+            if len(ways[0][right]) > STEPS and parents.count([]) <= len(PEOPLE):
+                break  # else there is no trap, the way is too short, or there are too many people: draw another graph
     people, kinds = rng.permutation(PEOPLE).tolist(), rng.permutation(KINDS[:nodes]).tolist()
     name = [kinds.pop() if above else people.pop() for above in parents]
     says = lambda a, b: f'{"Every " if parents[a] else ""}{name[a]} is a {name[b]}.'
