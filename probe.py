@@ -131,19 +131,20 @@ def read(model, tokenizer, thoughts, rows):
     usual = model.language_model.model.embed_tokens.weight.detach().float().norm(dim=-1).mean().item()
     for k in range(thoughts.shape[1]):
         here = thoughts[:, k].any(-1).nonzero()[:, 0].tolist()
-        own, tops, entropy, named, mass = thoughts[here, k], [], 0.0, [0.0] * steps, [0.0] * steps
+        own, tops, entropy, named, mass = thoughts[here, k], [], 0.0, [0] * steps, [0.0] * steps
         for p in say(model, own):
             entropy += torch.special.entr(p).sum().item() / math.log(2) / len(here)
             for q in p:
                 tops.append(int(q.argmax()))
                 for j, tokens in enumerate(results[here[len(tops) - 1]]):
-                    named[j] += (tops[-1] in tokens) / len(here)
+                    named[j] += tops[-1] in tokens
                     mass[j] += q[list(tokens)].sum().item() / len(here)
         common, norm = max(set(tops), key=tops.count), own.norm(dim=-1).mean().item()
         table.append(dict(
             thought=k + 1, says=tokenizer.decode([common]), share=tops.count(common) / len(tops), entropy_bits=entropy, norm=norm, norm_ratio=norm / usual,
             cosine_before=F.cosine_similarity(own, thoughts[here, k - 1]).mean().item() if k else None,
-            cosine_rows=F.cosine_similarity(own, own.roll(1, 0)).mean().item(), names_step=named, mass_on_step=mass))
+            cosine_rows=F.cosine_similarity(own, own.roll(1, 0)).mean().item(), names_step=[count / len(here) for count in named],
+            mass_on_step=mass))
     return table
 
 
@@ -161,25 +162,26 @@ def describe_thoughts(table):
 def pyplot():
     import matplotlib
     matplotlib.use('Agg')
+    matplotlib.rcParams['text.parse_math'] = False  # a question may hold a $
     import matplotlib.pyplot
     return matplotlib.pyplot
 
 
 def draw_thoughts(path, model, tokenizer, thoughts, rows, table):
-    """Thought by candidate: one row's probabilities, and over all rows the mean probability of each step's result."""
-    p = torch.cat([*say(model, thoughts[0, thoughts[0].any(-1)])])
-    shown = p.max(0).values.topk(min(10, p.shape[1])).indices
-    mass = torch.tensor([t['mass_on_step'] for t in table])
-    figure, axes = pyplot().subplots(1, 2, figsize=(9, 3.6), width_ratios=(10, max(2, mass.shape[1])), layout='constrained')
-    for axis, values, names in ((axes[0], p[:, shown], [repr(tokenizer.decode([t])).strip("'") for t in shown]),
-                                (axes[1], mass, [f'step {j + 1}' for j in range(mass.shape[1])])):
+    """Thought by candidate: probabilities in one row, and over all rows the mean probability of each step's result."""
+    row = int(thoughts.any(-1).sum(1).argmax())  # one with as many thoughts as there are
+    p, mass = torch.cat([*say(model, thoughts[row])]), torch.tensor([t['mass_on_step'] for t in table])
+    tokens = p.max(0).values.topk(min(10, p.shape[1])).indices
+    panels = [(p[:, tokens], [repr(tokenizer.decode([t])).strip("'").replace(' ', '·') for t in tokens], f'"{rows[row]["question"][-60:]}": probability of a token')]
+    panels += [(mass, [f'step {j + 1}' for j in range(mass.shape[1])], f'{len(rows)} rows: of the step\'s result')] if mass.numel() else []
+    figure, axes = pyplot().subplots(1, len(panels), figsize=(9, 3.6), width_ratios=[max(4, len(names)) for _, names, _ in panels], layout='constrained', squeeze=False)
+    for axis, (values, names, title) in zip(axes[0], panels):
         axis.imshow(values.numpy(), cmap='Blues', vmin=0, vmax=1, aspect='auto')
         axis.set_xticks(range(len(names)), names, rotation=45, ha='right')
         axis.set_yticks(range(len(values)), [f'thought {k + 1}' for k in range(len(values))])
+        axis.set_title(title, fontsize=9)
         for k, j in (values >= 0.005).nonzero().tolist():
             axis.text(j, k, f'{values[k, j]:.2f}', ha='center', va='center', fontsize=7, color='white' if values[k, j] > 0.5 else 'black')
-    axes[0].set_title(f'"{rows[0]["question"][-60:]}": probability of a token', fontsize=9)
-    axes[1].set_title(f'{len(rows)} rows: of the step\'s result', fontsize=9)
     with replacing(path) as part:
         figure.savefig(part, dpi=120, format='png')
     pyplot().close(figure)

@@ -421,6 +421,10 @@ def test_what_thoughts_say(run):
     assert first['norm'] == pytest.approx(50) and first['cosine_before'] is None
     assert second['cosine_before'] == pytest.approx(F.cosine_similarity(thoughts[[0, 2], 0], thoughts[[0, 2], 1]).mean().item(), abs=1e-5)
     assert len(list(probe.describe_thoughts([first, second]))) == 3
+    for path, rows in ((top / 'one.png', rows), (top / 'two.png', [{}] * 3)):  # rows without steps are drawn too, and questions with a price
+        rows = [dict(row, question='More than $5 or than $6^?') for row in rows]
+        probe.draw_thoughts(str(path), model, tokenizer, thoughts.roll(1, 0), rows, probe.read(model, tokenizer, thoughts, rows))
+        assert Image.open(path).size[0] > 500
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -80,25 +80,28 @@ KINDS = [f'{start}mpus' for start in 'wu ya zu du ro nu tu vu jo sho yu go le lo
 
 def draw_graph(rng, nodes):
     """
-    One row in Coconut's format, and under `results` the kind that each step arrives at. Nodes 0 and 1 are people; each later node gets Poisson(1.5)
-    parents, deep ones more likely. A node without a parent is a person. 35 % of the nodes may not descend from 1, 35 % not from 0.
+    One row in Coconut's format, and under `results` the kind that each step arrives at. Nodes 0 and 1 are people; a node without a parent is a person
+    too. The next nodes lead STEPS away from each of the two in turn, with Poisson(0.25) further parents; each later node has Poisson(1.5) parents, deep
+    ones more likely. 35 % of these may not descend from 1, 35 % not from 0. The two kinds of the question are equally far from 0 and from 1.
     """
     while True:
         parents, family, depth = [[], []], [1, 2], [0, 0]  # family: 1 descends from node 0, 2 from node 1, 3 from both, 0 from neither
         for node in range(2, nodes):
-            shut = rng.choice((2, 1, 0), p=(0.35, 0.35, 0.3))
-            open_to = [n for n in range(node) if not family[n] & shut]
+            on_way = node < 2 + 2 * STEPS
+            shut = 2 - node % 2 if on_way else rng.choice((2, 1, 0), p=(0.35, 0.35, 0.3))
+            open_to = [n for n in range(node) if not family[n] & shut and not (on_way and n == node - 2)]
             weight = np.array([1 + 1.5 * depth[n] for n in open_to])
-            chosen = rng.choice(open_to, min(len(open_to), rng.poisson(1.5)), replace=False, p=weight / weight.sum()).tolist() if open_to else []
-            parents.append(chosen)
-            family.append(functools.reduce(operator.or_, (family[n] for n in chosen), 0))
-            depth.append(1 + max((depth[n] for n in chosen), default=-1))
+            count = min(len(open_to), rng.poisson(0.25 if on_way else 1.5))
+            chosen = rng.choice(open_to, count, replace=False, p=weight / weight.sum()).tolist() if count else []
+            parents.append([node - 2, *chosen] if on_way else chosen)
+            family.append(functools.reduce(operator.or_, (family[n] for n in parents[-1]), 0))
+            depth.append(1 + max((depth[n] for n in parents[-1]), default=-1))
         ways = [shortest_ways(parents, start) for start in (0, 1)]
-        ends = [[n for n in range(2, nodes) if family[n] == 1 + start] for start in (0, 1)]
-        if all(ends):
-            right, wrong = (max(ends[start], key=lambda n: (len(ways[start][n]), rng.random())) for start in (0, 1))  # the furthest of each
-            if len(ways[0][right]) > STEPS and parents.count([]) <= len(PEOPLE):
-                break  # else there is no trap, the way is too short, or there are too many people: draw another graph
+        far = [{len(ways[start][n]): n for n in range(2, nodes) if family[n] == 1 + start} for start in (0, 1)]  # one node of each distance
+        both = far[0].keys() & far[1].keys()
+        if both and max(both) > STEPS and parents.count([]) <= len(PEOPLE):
+            break  # else the two ways are too short, or there are too many people: draw another graph
+    right, wrong = (far[start][max(both)] for start in (0, 1))
     people, kinds = rng.permutation(PEOPLE).tolist(), rng.permutation(KINDS[:nodes]).tolist()
     name = [kinds.pop() if above else people.pop() for above in parents]
     says = lambda a, b: f'{"Every " if parents[a] else ""}{name[a]} is a {name[b]}.'
@@ -120,8 +123,8 @@ def shortest_ways(parents, start):
 
 def draw_graphs(folder, rows, seed, nodes):
     """Writes `rows` (split -> number) as Coconut names its files; gives the path of the first."""
-    if not STEPS + 3 <= nodes <= len(KINDS):
-        raise ValueError(f'nodes={nodes}: expected {STEPS + 3} to {len(KINDS)}')
+    if not 2 + 2 * STEPS <= nodes <= len(KINDS):
+        raise ValueError(f'nodes={nodes}: expected {2 + 2 * STEPS} to {len(KINDS)}')
     os.makedirs(folder, exist_ok=True)
     paths = [os.path.join(folder, f'prosqa_{dict(validation="valid").get(split, split)}.json') for split in rows]
     for number, (path, count) in enumerate(zip(paths, rows.values())):
