@@ -20,6 +20,7 @@ import random
 import re
 import shutil
 import signal
+from collections import Counter
 
 import numpy as np
 import torch
@@ -425,6 +426,7 @@ def prepare_split(raw, split, folder, steps_from, max_latent_stage, image_size, 
         if row is None:
             drop(reason, str(fields.get('question_id', i)))
             continue
+        row['question_id'] = row['question_id'] or str(i)
         if fields.get('image'):
             data = fields['image']['bytes']
             try:
@@ -437,6 +439,9 @@ def prepare_split(raw, split, folder, steps_from, max_latent_stage, image_size, 
             row.update(image=f'images/{split}/{stem}.{kind}', image_size=size, image_hash=hashlib.sha256(data).hexdigest()[:16])
             need += len(data) + cache_tiles * (128 + 3 * image_size ** 2 * count_tiles(*size, image_size, max_tiles=max_tiles))
         rows.append((i, row))
+    name, count = Counter(row['question_id'] for _, row in rows).most_common(1)[0] if rows else ('', 0)
+    if count > 1:
+        raise ValueError(f'{split} holds {count} rows with question_id {name}: every row needs one of its own')
     free = shutil.disk_usage(folder).free
     if need:
         print(f'{split}: images and tiles take up to {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free')

@@ -9,14 +9,15 @@ Do the thoughts carry the answer, and what do they say? train.py calls this when
     zero           every thought is 0
     noise          every thought is a random direction of its own norm
     mean           thought k is the mean thought k of the split
-    swap           thought k is thought k of the next row, as that row has it when left alone
+    swap           thought k is thought k of the next row, as that row has it when left alone; its own where the next row has fewer
     image          the next row's image, with the row's own question: do the answers need the image?
     drop_last_K    the last K thoughts are 0; drop_last_k for every K
-    early_K        the answer follows after K thoughts, the others and their places are gone; early for every K
+    early_K        every row is given K thoughts, early for every K below n: a model that still knows earlier stages then writes the steps that are
+                   missing, so read the tokens beside the accuracy
     all            all of these
 
-A thought that can be replaced without loss carries nothing. --compare names the out_dir of other runs over the same questions, separated by
-commas: McNemar's exact test asks whether the rows that only one of two runs has right fall to either side as a fair coin does.
+A thought that can be replaced without loss carries nothing. --compare names the out_dirs of other runs over the same rows, separated by commas:
+McNemar's exact test asks whether the rows that only one of two runs has right fall to either side as a fair coin does.
 """
 import math
 import re
@@ -44,7 +45,10 @@ def expand(intervene, n=0):
 
 
 def record(thoughts):
-    """A change that changes nothing, but writes every thought into float32 [R, n, D], R the rows of the split."""
+    """
+    A change that changes nothing, but writes every thought into float32 [R, n, D], R the rows of the split. What it writes where a row has fewer
+    than n thoughts means nothing.
+    """
     def change(places):
         def edit(k, thought):
             if k <= thoughts.shape[1]:
@@ -72,7 +76,8 @@ def replace(name, thoughts):
             if k > n:
                 return thought  # one that the model wrote itself
             if name == 'noise':
-                noise = torch.randn(thought.shape, generator=torch.Generator().manual_seed(int(places[0]) * n + k)).to(thought)
+                draw = lambda place: torch.randn(thought.shape[1], generator=torch.Generator().manual_seed(int(place) * n + k))
+                noise = torch.stack([*map(draw, places)]).to(thought)  # a row's own, whatever its batch
                 return noise * thought.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
             if name in ('mean', 'swap'):
                 other = mean[k - 1].expand(len(places), -1) if name == 'mean' else thoughts[(places + 1) % R, k - 1]
@@ -108,8 +113,8 @@ def pair(right, other):
 
 def results_of(row, tokenizer):
     """For each step the tokens that would name its result: the first of the row's `results`, where it has these, else of the step itself."""
-    first = lambda text: tokenizer.encode(text, add_special_tokens=False)[0]
-    return [{first(text), first(' ' + text)} for text in row.get('results') or row.get('steps') or ()]
+    first = lambda text: [token for token in tokenizer.encode(str(text), add_special_tokens=False)[:1] if tokenizer.decode([token]).strip()]
+    return [{*first(text), *first(f' {text}')} for text in row.get('results') or row.get('steps') or ()]
 
 
 @torch.no_grad()
@@ -124,7 +129,8 @@ def read(model, tokenizer, thoughts, rows):
     """
     One dict for each of the n thoughts [R, n, D] of the rows of a split: what it says through the head most often, and in which share of the
     rows; its mean entropy; its norm, and beside that of an embedding; its mean cosine with the thought before, and with the same thought of the
-    next row; for each step, the share of the rows where its likeliest token names the result of that step, and the mean probability of that.
+    previous row; for each step, the share of the rows with that step where its likeliest token names the step's result, and the mean probability
+    of that result. Thoughts are 0 where a row has fewer than n.
     """
     results = [results_of(row, tokenizer) for row in rows]
     steps, table = max(map(len, results)), []
@@ -138,13 +144,14 @@ def read(model, tokenizer, thoughts, rows):
                 tops.append(int(q.argmax()))
                 for j, tokens in enumerate(results[here[len(tops) - 1]]):
                     named[j] += tops[-1] in tokens
-                    mass[j] += q[list(tokens)].sum().item() / len(here)
+                    mass[j] += q[list(tokens)].sum().item()
+        having = [max(1, sum(len(results[i]) > j for i in here)) for j in range(steps)]
         common, norm = max(set(tops), key=tops.count), own.norm(dim=-1).mean().item()
         table.append(dict(
             thought=k + 1, says=tokenizer.decode([common]), share=tops.count(common) / len(tops), entropy_bits=entropy, norm=norm, norm_ratio=norm / usual,
             cosine_before=F.cosine_similarity(own, thoughts[here, k - 1]).mean().item() if k else None,
-            cosine_rows=F.cosine_similarity(own, own.roll(1, 0)).mean().item(), names_step=[count / len(here) for count in named],
-            mass_on_step=mass))
+            cosine_rows=F.cosine_similarity(own, own.roll(1, 0)).mean().item(), names_step=[count / have for count, have in zip(named, having)],
+            mass_on_step=[total / have for total, have in zip(mass, having)]))
     return table
 
 

@@ -48,13 +48,6 @@ def find_images(image):
     return [name.strip() for name in image.split(',')] if image else [None]
 
 
-def is_right(row, said, answer):
-    """Whether `said`, an option or a whole text, is the row's answer; `answer` is the template of the answer line."""
-    if row.get('choices'):
-        return said == row['choices'][row['correct_choice_idx']]
-    return said.strip().split('\n')[-1] == fill(answer, row).split('\n')[-1]
-
-
 def respond(model, tokenizer, batch, rows, answer, **generation):
     """
     Free-running answers to a batch: for each row a dict of text, tokens, thoughts and option, that is the text or the option that it names; with
@@ -69,7 +62,8 @@ def respond(model, tokenizer, batch, rows, answer, **generation):
             one['choice'], one['parsed'] = extract_choice(text, row['choices'])
             one['option'] = row['choices'][one['choice']]
         if 'answer' in row:
-            one['right'] = is_right(row, one['option'], answer)
+            one['right'] = one['choice'] == row['correct_choice_idx'] if row.get('choices') else \
+                text.strip().split('\n')[-1] == fill(answer, row).split('\n')[-1]
         said.append(one)
     return said
 
@@ -79,7 +73,7 @@ def summarize(answers, seconds):
     total, n, z = lambda key: sum(one[key] for one in answers), len(answers), 1.96
     metrics = dict(tokens_per_answer=total('tokens') / n, thoughts_per_answer=total('thoughts') / n, unparsed=n - total('parsed'),
                    examples=n, seconds_per_answer=seconds / n)
-    if 'right' in answers[0]:
+    if all('right' in one for one in answers):
         p = total('right') / n
         centre, half = (p + z * z / 2 / n) / (1 + z * z / n), z * math.sqrt(p * (1 - p) / n + z * z / 4 / n / n) / (1 + z * z / n)
         metrics.update(accuracy=p, interval=[centre - half, centre + half])

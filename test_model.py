@@ -351,7 +351,7 @@ def test_interventions_change_what_they_say():
         own = torch.zeros(4, 3, model.config.hidden_size)
         clean = model(**batch, edit_thought=probe.record(own)([0, 1, 2, 3])).thoughts
         here = clean.any(-1)
-        assert here.sum(1).tolist() == [3, 1, 3, 2] and torch.equal(own * here[..., None], clean)
+        assert here.sum(1).tolist() == [3, 1, 3, 2] and torch.equal(own[here], clean[here])
         run = lambda name, b=batch, at=(0, 1, 2, 3): model(**b, edit_thought=probe.replace(name, clean)(list(at))).thoughts
         assert not run('zero').any()
         noise = run('noise')
@@ -366,7 +366,8 @@ def test_interventions_change_what_they_say():
         assert swapped[0, 1].any()  # row 1 has but one thought: row 0 keeps its own second
         for b in range(4):  # the same, row by row: a donor is the next row of the split, not of the batch
             alone = {k: v for k, v in one_row(dict(batch, labels=batch['input_ids']), b).items() if k != 'labels'}
-            torch.testing.assert_close(run('swap', alone, [b])[0], swapped[b, :int(here[b].sum())], atol=1e-5, rtol=1e-4)
+            for name, whole in (('swap', swapped), ('noise', noise)):
+                torch.testing.assert_close(run(name, alone, [b])[0], whole[b, :int(here[b].sum())], atol=1e-4, rtol=1e-3)
         dropped = run('drop_last_2')
         assert dropped.any(-1).sum(1).tolist() == [1, 0, 1, 0] and torch.equal(dropped[[0, 2], 0], clean[[0, 2], 0])
 
@@ -414,7 +415,9 @@ def test_what_thoughts_say(run):
     thoughts = torch.stack([torch.stack([say(ids[0]), say(ids[1])]), torch.stack([say(ids[2]), torch.zeros(64)]), torch.stack([say(ids[0]), say(ids[2])])])
     first, second = probe.read(model, tokenizer, thoughts, rows)
     assert first['says'] == 'blue' and first['share'] == pytest.approx(2 / 3)
-    assert first['names_step'] == pytest.approx([2 / 3, 0]) and second['names_step'] == pytest.approx([0, 1])  # of two rows, the third has none
+    assert first['names_step'] == pytest.approx([2 / 3, 0]) and second['names_step'] == pytest.approx([0, 1])  # row 2 has no second thought
+    long = probe.read(model, tokenizer, thoughts[:, :1], [*rows[:2], dict(steps=['x', 'y', 'blue'])])[0]
+    assert long['names_step'] == pytest.approx([1 / 3, 0, 1])  # the share of the rows that have such a step
     p = (thoughts[:, 0] @ head.T).softmax(-1)
     assert first['entropy_bits'] == pytest.approx(-(p * p.log2()).nan_to_num().sum(1).mean().item(), abs=1e-4)
     assert first['mass_on_step'][0] == pytest.approx(p[:, [ids[0], tokenizer.encode(' blue')[0]]].sum(1).mean().item(), abs=1e-4)
@@ -925,11 +928,14 @@ def test_colour_chain_is_what_it_says():
     assert len(toy.draw_chain(np.random.default_rng(0), 6)[1]['rationales']) == 6
 
 
-@pytest.mark.parametrize('nodes', (12, 23))
+@pytest.mark.parametrize('nodes', (10, 23))
 def test_graphs_are_what_they_say(nodes):
-    """Read from the question alone: one of the two kinds can be reached, the steps are a shortest way to it."""
-    lengths, first = [], 0
-    for seed in range(40):
+    """
+    Read from the question alone: one of the two kinds can be reached, the steps are a shortest way to it, and the other is as far from another
+    person. Once it was nearer, and who looked for the nearest person was right in 87 % of the graphs.
+    """
+    lengths, first, clues = [], 0, np.zeros(4)
+    for seed in range(200):
         row = toy.draw_graph(np.random.default_rng(seed), nodes)
         *facts, question = re.findall(r'[^.?]+[.?]', row['question'])
         edges = [re.fullmatch(r'(?:Every )?(\w+) is a (\w+)\.', fact.strip()).groups() for fact in facts]
@@ -948,7 +954,14 @@ def test_graphs_are_what_they_say(nodes):
             here = result
         lengths.append(len(row['steps']))
         first += right == one
-    assert len(set(lengths)) > 1 and 10 <= first <= 30
+        above = lambda kind: {a for a, b in edges if b == kind}
+        grand = lambda kind: set().union(*map(above, above(kind)))
+        looks = (lambda kind: any(not a.endswith('mpus') for a in above(kind)), lambda kind: any(not a.endswith('mpus') for a in grand(kind)),
+                 lambda kind: len(above(kind)), lambda kind: sum(kind in edge for edge in edges))
+        wrong = other if right == one else one
+        clues += [0.5 + 0.5 * np.sign(int(look(right)) - int(look(wrong))) for look in looks]
+    assert (nodes < 23 or len(set(lengths)) > 1) and 75 <= first <= 125
+    assert all(80 <= clue <= 120 for clue in clues), clues  # about half of 200: none gives the answer away
 
 
 RAW = dict(question_id='a', question='Q? ', choices=list('wxyz'), correct_choice_idx=2, rationales=['One two. Three!', 'b'])
@@ -1089,12 +1102,12 @@ def weights_of(path):
 
 def test_a_run_leaves_what_it_promises(run):
     top, said = run
-    assert re.search(r'test: swap +accuracy +[\d.]+ %, clean +[\d.]+ %', said) and 'ms an answer one by one' in said and '\n       2 | ' in said
+    assert re.search(r'test: swap +accuracy +[\d.]+ %, clean +[\d.]+ %', said) and 'ms an answer in batches of 16' in said and '\n       2 | ' in said
     out = top / 'out'
     assert {'best.pt', 'last.pt', 'epoch_1.pt', 'epoch_2.pt', 'metrics.jsonl', 'metrics_epoch_2.json', 'curves.png', 'predictions_test.json',
-            'thoughts_test.json', 'thoughts_test.png'} <= set(os.listdir(out))
+            'answers_test.json', 'thoughts_test.json', 'thoughts_test.png'} <= set(os.listdir(out))
     events = [json.loads(line) for line in open(out / 'metrics.jsonl')]
-    assert [e['event'] for e in events] == (['train'] * 3 + ['eval']) * 2 + ['final', 'final', 'speed', 'intervention']
+    assert [e['event'] for e in events] == (['train'] * 3 + ['eval']) * 2 + ['final', 'final', 'speed', 'speed', 'intervention']
     assert [e['step'] for e in events if e['event'] == 'train'] == [1, 2, 3, 4, 5, 6]
     for e in events:
         assert {'event', 'step', 'stage', 'epoch', 'time'} <= e.keys()
@@ -1104,7 +1117,7 @@ def test_a_run_leaves_what_it_promises(run):
     predictions, rows = json.load(open(out / 'predictions_test.json')), prepare.read_split(str(top / 'data'), 'test')
     assert all(predictions[r['question_id']]['multiple_choice'] in r['choices'] for r in rows) and len(predictions) == len(rows)
     right = sum(predictions[r['question_id']]['multiple_choice'] == r['choices'][r['correct_choice_idx']] for r in rows)  # official metric
-    assert right / len(rows) == events[-3]['accuracy']
+    assert right / len(rows) == events[-4]['accuracy']
     best = torch.load(out / 'best.pt', weights_only=True)
     assert {'model', 'config', 'tokenizer', 'knobs', 'stage', 'epoch', 'step', 'accuracy'} <= best.keys()
     assert best['stage'] == 1  # the furthest stage, whatever stage 0 scored
@@ -1268,9 +1281,10 @@ def test_two_ranks_are_one_process(mixed, tmp_path):
     Rows with other tiles, thoughts and without an image; the last batch has one row for two ranks. Gradients are read from the
     optimizer's first moment. One process, micro-batches and two gloo ranks agree to rounding, and count each validation row once.
     """
-    script('train.py', *mixed, f'--out_dir={tmp_path}/one')
+    script('train.py', *mixed, f'--out_dir={tmp_path}/one', '--intervene=all')
     script('train.py', *mixed, f'--out_dir={tmp_path}/micro', '--micro_batch_size=2')
-    process = start('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'train.py', *mixed, f'--out_dir={tmp_path}/ranks', '--micro_batch_size=2')
+    process = start('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'train.py', *mixed, f'--out_dir={tmp_path}/ranks', '--micro_batch_size=2',
+                    '--intervene=all')
     out, error = process.communicate(timeout=120)
     assert process.returncode == 0, error
     assert out.count('step      1/2') == 1 and '2 rank(s), 2 micro-batch(es) of 2' in out
@@ -1284,6 +1298,9 @@ def test_two_ranks_are_one_process(mixed, tmp_path):
         for kind, keys in (('train', ('step', 'loss', 'token_accuracy', 'lr', 'grad_norm')), ('eval', ('loss', 'accuracy', 'tokens_per_answer', 'thoughts_per_answer', 'examples'))):
             for a, b in zip(events(tmp_path / 'one', kind), events(tmp_path / name, kind), strict=True):
                 assert [a[k] for k in keys] == pytest.approx([b[k] for k in keys], rel=1e-4), (name, kind)
+    assert len(events(tmp_path / 'one', 'intervention')) > 10
+    for a, b in zip(events(tmp_path / 'one', 'intervention'), events(tmp_path / 'ranks', 'intervention'), strict=True):
+        assert [a[k] for k in ('name', 'examples', 'accuracy', 'thoughts_per_answer')] == [b[k] for k in ('name', 'examples', 'accuracy', 'thoughts_per_answer')]
     assert (tmp_path / 'one' / 'predictions_validation.json').read_text() == (tmp_path / 'ranks' / 'predictions_validation.json').read_text()
     assert not list((tmp_path / 'ranks').glob('*.part'))
 
@@ -1356,26 +1373,43 @@ def test_sample_answers_a_batch(run):
 
 
 def test_evidence_on_a_checkpoint(run, tmp_path):
-    """Interventions and paired tests by the command; they do not depend on the batches in which the rows come."""
+    """Interventions and paired tests by the command. After six steps of training no answer would change: weights three times as large react to all."""
     top, _ = run
-    found = []
-    for size in (16, 5):
-        said = script('train.py', *TOY, f'--data_dir={top}/data', f'--out_dir={tmp_path}/{size}', '--eval_only=True', f'--init_from={top}/out/best.pt',
-                      '--intervene=all,early_3', f'--compare={top}/out', f'--eval_batch_size={size}')
-        assert f'of 17 questions 0 are right here alone, 0 in {top}/out alone, McNemar p = 1' in said
-        found.append({e['name']: e for e in events(tmp_path / str(size), 'intervention')})
-    assert list(found[0]) == ['zero', 'noise', 'mean', 'swap', 'image', 'drop_last_1', 'drop_last_2', 'early_0', 'early_1', 'early_3']
-    for name in ('zero', 'mean', 'swap', 'image', 'drop_last_1', 'early_1'):
-        assert found[0][name] == found[1][name], name
-    assert [found[0][f'early_{k}']['thoughts_per_answer'] for k in (0, 1, 3)] == [0, 1, 3] and found[0]['zero']['thoughts_per_answer'] == 2
-    assert found[0]['drop_last_2']['accuracy'] == found[0]['zero']['accuracy']
-    rows = prepare.read_split(str(top / 'data'), 'test')
-    clean = json.load(open(top / 'out' / 'predictions_test.json'))
-    clean = sum(clean[r['question_id']]['multiple_choice'] == r['choices'][r['correct_choice_idx']] for r in rows)
-    assert all(clean - e['only_clean'] + e['only_changed'] == round(17 * e['accuracy']) for e in found[0].values())
-    said = script('train.py', *TOY, f'--data_dir={top}/data', f'--out_dir={tmp_path}/pause', '--eval_only=True', f'--init_from={top}/out/best.pt',
-                  '--mode=pause', '--intervene=')
-    assert "mode is 'pause' here, the checkpoint was trained with 'coconut'" in said and 'swap' not in said.split('test: accuracy')[1]
+    loud = torch.load(top / 'out' / 'best.pt', weights_only=True)
+    for name, weight in loud['model'].items():
+        if weight.dim() == 2 and 'layers' in name:
+            weight *= 3
+    torch.save(loud, tmp_path / 'loud.pt')
+    answers = lambda out: json.load(open(tmp_path / out / 'answers_test.json'))
+    evaluate = lambda out, *more: script('train.py', *TOY, f'--data_dir={top}/data', f'--out_dir={tmp_path}/{out}', '--eval_only=True',
+                                         f'--init_from={tmp_path}/loud.pt', *more)
+    said = evaluate('clean', '--intervene=')
+    assert 'only when clean' not in said
+    other = answers('clean')
+    for one in other['answers'][:5]:
+        one['right'] = not one['right']
+    (tmp_path / 'other').mkdir()
+    (tmp_path / 'other' / 'answers_test.json').write_text(json.dumps(other))
+    shutil.copytree(tmp_path / 'other', tmp_path / 'elsewhere')
+    (tmp_path / 'elsewhere' / 'answers_test.json').write_text(json.dumps(dict(other, data='of other rows')))
+    said = evaluate('changed', '--intervene=all,early_3', f'--compare={tmp_path}/other,{tmp_path}/elsewhere')
+    assert answers('changed') == answers('clean')
+    here = 5 - sum(one['right'] for one in other['answers'][:5])
+    assert f'of 17 rows {here} are right here alone, {5 - here} in {tmp_path}/other alone, McNemar p = ' in said
+    assert f'{tmp_path}/elsewhere left out, it holds no answers to these rows' in said
+    found = {e['name']: e for e in events(tmp_path / 'changed', 'intervention')}
+    assert list(found) == ['zero', 'noise', 'mean', 'swap', 'image', 'drop_last_1', 'drop_last_2', 'early_0', 'early_1', 'early_3']
+    assert [found[f'early_{k}']['thoughts_per_answer'] for k in (0, 1, 3)] == [0, 1, 3] and found['zero']['thoughts_per_answer'] == 2
+    tokens = sum(one['tokens'] for one in answers('clean')['answers']) / 17
+    right = sum(one['right'] for one in answers('clean')['answers'])
+    for name, e in found.items():
+        assert right - e['only_clean'] + e['only_changed'] == round(17 * e['accuracy']) and e['clean'] == right / 17
+        assert (e['only_clean'], e['only_changed'], e['tokens_per_answer']) != (0, 0, tokens), f'{name} changed nothing'
+    assert {**found['drop_last_2'], 'name': ''} == {**found['zero'], 'name': ''}
+    said = evaluate('pause', '--mode=pause', '--intervene=')
+    assert "mode is 'pause' here, the checkpoint was trained with 'coconut'" in said
+    script('train.py', *TOY, f'--data_dir={top}/data', f'--out_dir={tmp_path}/5', '--eval_only=True', f'--init_from={top}/out/best.pt', '--eval_batch_size=5')
+    assert events(tmp_path / '5', 'intervention')[0]['accuracy'] == events(top / 'out', 'intervention')[0]['accuracy']  # whatever the batches
 
 
 def test_bad_input_gets_one_sentence(run, tmp_path):
@@ -1407,7 +1441,7 @@ def test_bad_input_gets_one_sentence(run, tmp_path):
     assert "mode='coco'" in train('--mode=coco')
     assert 'expected True or False' in train('--reset_optimizer=1')
     assert "intervene='zeroes': expected zero, noise" in train('--intervene=zeroes')
-    assert 'compare=nowhere: no predictions_*.json there' in train('--compare=nowhere')
+    assert 'compare=nowhere: no answers_*.json there' in train('--compare=nowhere')
     assert 'no checkpoint at' in train('--init_from=resume')
     assert not list((tmp_path / 'out').glob('*.part'))
 

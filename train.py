@@ -8,7 +8,7 @@ Trains MultiCoCo through its curriculum: stage 0 writes every step, stage k hide
     torchrun --standalone --nproc_per_node=8 train.py config/aokvqa.py    the same on 8 GPUs
 
 Leaves in out_dir: last.pt (to resume from), epoch_{k}.pt, best.pt (best validation accuracy within the furthest stage), run.json (how
-it was started), metrics.jsonl, metrics_epoch_{k}.json, predictions_{split}.json, curves.png, and where there are thoughts
+it was started), metrics.jsonl, metrics_epoch_{k}.json, answers_{split}.json, predictions_{split}.json, curves.png, and where there are thoughts
 thoughts_{split}.json and .png (see probe.py).
 """
 import glob
@@ -42,7 +42,7 @@ import probe
 from configurator import configure
 from model import Config, END_LATENT, IMG_CONTEXT, LATENT, MultiCoCo, START_LATENT, load_checkpoint, load_tokenizer, pick_device, pick_dtype, read_checkpoint
 from prepare import ANSWER, PROMPT, Rows, batches, build_text, micro_batches, read_split, replacing
-from sample import describe, is_right, respond, summarize
+from sample import describe, respond, summarize
 
 # --- knobs: data ------------------------------------------------------------------------------------------------------
 data_dir = 'data/aokvqa'        # what prepare.py made
@@ -161,6 +161,8 @@ def make_schedule():
             first += steps * epochs
     if not stages:
         raise ValueError('the schedule has no epoch: set epochs_stage0 or epochs_per_stage')
+    if has_test():
+        rows_for('test', stages[-1].stage)  # what cannot be asked in the end is said now
     return stages
 
 
@@ -171,6 +173,16 @@ def learning_rate_at(step, now):
         return now.peak * (done + 1) / warmup_steps
     cosine = (1 + math.cos(math.pi * (done - warmup_steps) / max(1, total - warmup_steps))) / 2
     return now.peak * (min_lr_ratio + (1 - min_lr_ratio) * cosine)
+
+
+def has_test():
+    return os.path.isfile(os.path.join(data_dir, 'test.jsonl'))
+
+
+def digest(*splits):
+    """Tells whether two runs saw the same rows."""
+    read = lambda split: open(os.path.join(data_dir, f'{split}.jsonl'), 'rb').read()
+    return hashlib.sha256(b''.join(map(read, splits))).hexdigest()
 
 
 def preview(now):
@@ -269,15 +281,14 @@ def evaluate(rows, split, stage, change=None, size=0, most=0, with_loss=False, *
 
 
 def report(stage):
-    """Evaluates validation and test, writes A-OKVQA's prediction files; then examines the last of them that has labels."""
+    """Evaluates validation and test, writes the answers and A-OKVQA's prediction files; then examines the last of them that has labels."""
     labelled = None
-    for split in ('validation', 'test'):
-        if not os.path.isfile(os.path.join(data_dir, f'{split}.jsonl')):
-            continue
+    for split in ('validation', 'test') if has_test() else ('validation',):
         rows = rows_for(split, stage)
         metrics, said = evaluate(rows, split, stage, with_loss=True)
         print(f'{split}: {describe(metrics)}', flush=True)
         log('final', split=split, **metrics)
+        write(f'answers_{split}.json', dict(data=digest(split), answers=said))
         write(f'predictions_{split}.json', {one['question_id']: {'multiple_choice': one['option']} for one in said})
         if 'accuracy' in metrics:
             labelled = split, rows, said
@@ -287,21 +298,28 @@ def report(stage):
 
 def examine(split, rows, said, stage):
     """What the answers to a split owe to the thoughts: their time, paired tests with other runs, what the thoughts say, interventions."""
-    seconds = [evaluate(rows[:64], split, stage, size=size)[0]['seconds_per_answer'] for size in (1, 32)]
-    print(f'{split}: {1000 * seconds[0]:.2f} ms an answer one by one, {1000 * seconds[1]:.2f} ms in batches of 32')
-    log('speed', split=split, seconds=seconds)
+    for size in (1, min(32, eval_batch_size)):
+        seconds = evaluate(rows[:64], split, stage, size=size)[0]['seconds_per_answer']
+        print(f'{split}: {1000 * seconds:.2f} ms an answer in batches of {size}')
+        log('speed', split=split, batch_size=size, seconds_per_answer=seconds)
     right = {one['question_id']: one['right'] for one in said}
     for folder in filter(None, compare.split(',')):
-        theirs = json.load(open(os.path.join(folder, f'predictions_{split}.json')))
-        theirs = {row['question_id']: is_right(row, theirs[row['question_id']]['multiple_choice'], answer) for row in rows if row['question_id'] in theirs}
-        here, there, p = probe.pair(right, theirs)
-        print(f'{split}: of {len(theirs)} questions {here} are right here alone, {there} in {folder} alone, McNemar p = {p:.2g}')
+        path, theirs = os.path.join(folder, f'answers_{split}.json'), {}
+        if os.path.isfile(path):
+            with open(path) as f:
+                theirs = json.load(f)
+        if theirs.get('data') != digest(split):
+            print(f'{split}: {folder} left out, it holds no answers to these rows')
+            continue
+        here, there, p = probe.pair(right, {one['question_id']: one['right'] for one in theirs['answers']})
+        print(f'{split}: of {len(right)} rows {here} are right here alone, {there} in {folder} alone, McNemar p = {p:.2g}')
         log('compare', split=split, other=folder, here=here, there=there, p=p)
-    n = max(one['thoughts'] for one in said)
+    counts = torch.tensor([one['thoughts'] for one in said])
+    n = int(counts.max())
     thoughts = torch.zeros(len(rows), n, config.hidden_size)
     if n:
         evaluate(rows, split, stage, probe.record(thoughts), most=1)
-        thoughts = sum(all_ranks(thoughts))
+        thoughts = sum(all_ranks(thoughts)) * (torch.arange(n) < counts[:, None])[..., None]
         table = probe.read(model, tokenizer, thoughts, rows)
         print(*probe.describe_thoughts(table), sep='\n', flush=True)
         write(f'thoughts_{split}.json', table)
@@ -316,14 +334,16 @@ def examine(split, rows, said, stage):
             text = dict(c_thought=int(name.removeprefix('early_')), max_latent_stage=1)  # stage k asks for min(k, 1) * c_thought thoughts
         else:
             change = probe.replace(name, thoughts)
-        if not shown or not (n or name == 'image'):
-            print(f'{split}: {name} left out, these answers have no {"image" if n else "thoughts"}')
+        if not (shown if name == 'image' else n):
+            print(f'{split}: {name} left out, these answers have no {"image" if name == "image" else "thoughts"}')
             continue
         metrics, changed = evaluate(shown, split, stage, change, **text)
-        clean, now, p = probe.pair(right, {one['question_id']: one['right'] for one in changed})
-        print(f'{split}: {name:<12} accuracy {100 * metrics["accuracy"]:5.1f} %, clean {100 * sum(right.values()) / len(right):5.1f} %, '
-              f'{metrics["tokens_per_answer"]:4.1f} tokens; {clean} of {metrics["examples"]} right only when clean, {now} only when changed, McNemar p = {p:.2g}', flush=True)
-        log('intervention', split=split, name=name, only_clean=clean, only_changed=now, p=p, **metrics)
+        now = {one['question_id']: one['right'] for one in changed}
+        clean = sum(right[question] for question in now) / len(now)
+        lost, won, p = probe.pair(right, now)
+        print(f'{split}: {name:<12} accuracy {100 * metrics["accuracy"]:5.1f} %, clean {100 * clean:5.1f} %, {metrics["tokens_per_answer"]:4.1f} tokens; '
+              f'of {len(now)} rows {lost} are right only when clean, {won} only when changed, McNemar p = {p:.2g}', flush=True)
+        log('intervention', split=split, name=name, clean=clean, only_clean=lost, only_changed=won, p=p, **metrics)
 
 
 # --- the run's folder: written by rank 0 alone --------------------------------------------------------------------------
@@ -417,8 +437,8 @@ if __name__ == '__main__':
                          'change one of them')
     probe.expand(intervene)
     for folder in filter(None, compare.split(',')):
-        if not glob.glob(os.path.join(folder, 'predictions_*.json')):
-            raise ValueError(f'compare={folder}: no predictions_*.json there; give the out_dir of a run that has ended')
+        if not glob.glob(os.path.join(folder, 'answers_*.json')):
+            raise ValueError(f'compare={folder}: no answers_*.json there; give the out_dir of a run that has ended')
     held = glob.glob(os.path.join(out_dir, '*.pt'))
     if held and init_from != 'resume' and not (overwrite or dry_run):
         raise ValueError(f'{out_dir} holds another run ({os.path.basename(held[0])}): go on with it by --init_from=resume, choose another '
@@ -488,7 +508,7 @@ if __name__ == '__main__':
         for now in stages:
             preview(now)
         raise SystemExit(0)
-    data = hashlib.sha256(b''.join(open(os.path.join(data_dir, f'{s}.jsonl'), 'rb').read() for s in ('train', 'validation'))).hexdigest()
+    data = digest('train', 'validation')
     if init_from == 'resume':
         refuse_changes(saved)
         globals().update({k: saved[k] for k in STATE}, before=saved['elapsed'])
@@ -500,7 +520,7 @@ if __name__ == '__main__':
         starts = json.load(open(os.path.join(out_dir, 'run.json')))
         print(f'resumed in stage {stage} after {epoch} epochs, {step} steps')
     saved = None
-    for kind in ('*.part',) if init_from == 'resume' else ('*.part', '*.pt', 'metrics_epoch_*', 'predictions_*', 'thoughts_*', 'curves.png'):
+    for kind in ('*.part',) if init_from == 'resume' else ('*.part', '*.pt', 'metrics_epoch_*', 'predictions_*', 'answers_*', 'thoughts_*', 'curves.png'):
         for path in glob.glob(os.path.join(out_dir, kind)) if not rank else ():
             os.remove(path)  # what a killed process was writing; with overwrite, the earlier run
     write('metrics.jsonl', lines, 'wb')
