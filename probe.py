@@ -157,11 +157,12 @@ def read(model, tokenizer, thoughts, rows):
 
 def describe_thoughts(table):
     """What `read` gave, as lines."""
-    yield ' thought |      says most often | entropy |   norm, of an embedding\'s | cosine to the one before, another row\'s | names the result of step 1, 2, ...'
+    yield ' thought | says most often      | entropy  | norm (of embeddings\') | cosine: thought before, other row | names the result of step 1, 2, ...'
     for t in table:
-        before = '     ' if t['cosine_before'] is None else f'{t["cosine_before"]:5.2f}'
-        yield (f'{t["thought"]:8d} | {t["says"]!r:>12} {100 * t["share"]:5.1f} % | {t["entropy_bits"]:3.1f} bit | {t["norm"]:6.2f} {t["norm_ratio"]:18.2f} | {before:>24} '
-               f'{t["cosine_rows"]:13.2f} | ' + ' '.join(f'{100 * share:5.1f}' for share in t['names_step']) + ' %')
+        before = '    ' if t['cosine_before'] is None else f'{t["cosine_before"]:4.2f}'
+        says = f'{t["says"]!r} {100 * t["share"]:.0f} %'
+        yield (f'{t["thought"]:8d} | {says:20} | {t["entropy_bits"]:4.2f} bit | {t["norm"]:7.2f} ({t["norm_ratio"]:4.2f})       | {before:>14} {t["cosine_rows"]:18.2f} | '
+               + ' '.join(f'{100 * share:5.1f}' for share in t['names_step']) + ' %')
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------

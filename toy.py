@@ -17,7 +17,8 @@ and so are thoughts 1, 3, 5 and 7 with two thoughts a step. Where sentences stan
 
 "ProsQA-like graphs", text in Coconut's format, after the construction of ProsQA in its appendix (arXiv 2412.06769, Algorithm 1): "Tom is a wumpus. Every
 wumpus is a lompus. ... Is Tom a lompus or a rempus?" Of two kinds one can be reached from Tom, and the steps are the edges of a shortest way
-there. Kinds that another person leads to are the other half of the graph, so that the answer cannot be told from the kinds alone.
+there. The other is as far from another person. With the furthest kind of either side instead, the one whose parent is not a person is right in
+87 % of the graphs of 9 nodes, and a trained model that scored 89 % had learnt little but that.
 """
 import functools
 import io
@@ -74,20 +75,20 @@ def draw(folder, rows, seed, hops=HOPS):
 
 
 PEOPLE = 'Alex Tom Jack Sally Davis Bob Max Fae Stella Carol Wren Polly Rex Sam Oliver'.split()
-STEPS = 3  # of a way, at least
-KINDS = [f'{start}mpus' for start in 'wu ya zu du ro nu tu vu jo sho yu go le lo bri gri ste fo re ti scro bo hi gwo fi ke la da pi qua'.split()]
+STEPS = 3  # the ways asked about have at least 1, 2, ... STEPS steps, in turn
+KINDS = [f'{start}mpus' for start in 'wu ya zu du ro nu tu vu jo sho yu go le lo bri gri ste fo re ti scro bo hi gwo fi'.split()]
 
 
-def draw_graph(rng, nodes):
+def draw_graph(rng, nodes, steps):
     """
     One row in Coconut's format, and under `results` the kind that each step arrives at. Nodes 0 and 1 are people; a node without a parent is a person
-    too. The next nodes lead STEPS away from each of the two in turn, with Poisson(0.25) further parents; each later node has Poisson(1.5) parents, deep
-    ones more likely. 35 % of these may not descend from 1, 35 % not from 0. The two kinds of the question are equally far from 0 and from 1.
+    too. The next nodes lead `steps` away from each of the two in turn, with Poisson(0.25) further parents; each later node has Poisson(1.5) parents,
+    deep ones more likely. 35 % of these may not descend from 1, 35 % not from 0. The two kinds of the question are equally far from 0 and from 1.
     """
     while True:
         parents, family, depth = [[], []], [1, 2], [0, 0]  # family: 1 descends from node 0, 2 from node 1, 3 from both, 0 from neither
         for node in range(2, nodes):
-            on_way = node < 2 + 2 * STEPS
+            on_way = node < 2 + 2 * steps
             shut = 2 - node % 2 if on_way else rng.choice((2, 1, 0), p=(0.35, 0.35, 0.3))
             open_to = [n for n in range(node) if not family[n] & shut and not (on_way and n == node - 2)]
             weight = np.array([1 + 1.5 * depth[n] for n in open_to])
@@ -99,7 +100,7 @@ def draw_graph(rng, nodes):
         ways = [shortest_ways(parents, start) for start in (0, 1)]
         far = [{len(ways[start][n]): n for n in range(2, nodes) if family[n] == 1 + start} for start in (0, 1)]  # one node of each distance
         both = far[0].keys() & far[1].keys()
-        if both and max(both) > STEPS and parents.count([]) <= len(PEOPLE):
+        if both and max(both) > steps and parents.count([]) <= len(PEOPLE):
             break  # else the two ways are too short, or there are too many people: draw another graph
     right, wrong = (far[start][max(both)] for start in (0, 1))
     people, kinds = rng.permutation(PEOPLE).tolist(), rng.permutation(KINDS[:nodes]).tolist()
@@ -122,7 +123,10 @@ def shortest_ways(parents, start):
 
 
 def draw_graphs(folder, rows, seed, nodes):
-    """Writes `rows` (split -> number) as Coconut names its files; gives the path of the first."""
+    """
+    Writes `rows` (split -> number), each of a random size up to `nodes`, under Coconut's file names; gives the path of the first. From large graphs
+    alone a small model does not learn to look a fact up; from small ones among them it does.
+    """
     if not 2 + 2 * STEPS <= nodes <= len(KINDS):
         raise ValueError(f'nodes={nodes}: expected {2 + 2 * STEPS} to {len(KINDS)}')
     os.makedirs(folder, exist_ok=True)
@@ -130,6 +134,7 @@ def draw_graphs(folder, rows, seed, nodes):
     for number, (path, count) in enumerate(zip(paths, rows.values())):
         rng = np.random.default_rng((seed, number))
         with open(path + '.part', 'w', encoding='utf-8') as f:
-            json.dump([draw_graph(rng, nodes) for _ in range(count)], f)
+            steps = [1 + i % STEPS for i in range(count)]
+            json.dump([draw_graph(rng, int(rng.integers(2 + 2 * k, nodes + 1)), k) for k in steps], f)
         os.replace(path + '.part', path)
     return paths[0]
