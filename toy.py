@@ -82,7 +82,7 @@ KINDS = [f'{start}mpus' for start in 'wu ya zu du ro nu tu vu jo sho yu go le lo
 def draw_graph(rng, nodes, steps):
     """
     One row in Coconut's format, and under `results` the kind that each step arrives at. Nodes 0 and 1 are people; a node without a parent is a person
-    too. The next nodes lead `steps` away from each of the two in turn, with Poisson(0.25) further parents; each later node has Poisson(1.5) parents,
+    too. One fact a line, so that a name is the same token in facts and steps. The next nodes lead `steps` away from each of the two in turn, with Poisson(0.25) further parents; each later node has Poisson(1.5) parents,
     deep ones more likely. 35 % of these may not descend from 1, 35 % not from 0. The two kinds of the question are equally far from 0 and from 1.
     """
     while True:
@@ -109,7 +109,7 @@ def draw_graph(rng, nodes, steps):
     facts = [says(a, b) for b in range(nodes) for a in parents[b]]
     one, other = rng.permutation([right, wrong])
     way = ways[0][right]
-    return dict(question=' '.join([*rng.permutation(facts), f'Is {name[0]} a {name[one]} or a {name[other]}?']),
+    return dict(question='\n'.join([*rng.permutation(facts), f'Is {name[0]} a {name[one]} or a {name[other]}?']),
                 steps=[says(a, b) for a, b in zip(way, way[1:])], answer=f'{name[0]} is a {name[right]}.', results=[name[n] for n in way[1:]])
 
 

@@ -15,8 +15,8 @@ max_new_tokens = 64
 
 c_thought = 1
 max_latent_stage = 3         # all but a few ways have one to three steps
-epochs_stage0 = 16           # it takes 3 to 5 before facts are looked up at all
-epochs_per_stage = 3
+epochs_stage0 = 8            # it takes about 4 before facts are looked up at all
+epochs_per_stage = 2
 learning_rate_stage0 = 1.5e-3
 learning_rate = 5e-4
 min_lr_ratio = 0.3
