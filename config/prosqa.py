@@ -1,4 +1,5 @@
-# Graphs like ProsQA's, text only, and a decoder of 0.2M parameters from scratch. Expected: see the README.
+# Graphs like ProsQA's, text only, and a decoder of 0.2M parameters from scratch. Expected: 92 % with the steps written
+# (chance 50 %), 61 % with thoughts, which carry nothing here: see the README; 26 minutes on one CPU core.
 #     python prepare.py config/prosqa.py && python train.py config/prosqa.py
 dataset = 'prosqa'           # or --dataset=prosqa_train.json, Coconut's own file
 data_dir = 'data/prosqa'
