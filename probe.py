@@ -180,7 +180,7 @@ def draw_thoughts(path, model, tokenizer, thoughts, rows, table):
     row = int(thoughts.any(-1).sum(1).argmax())  # one with as many thoughts as there are
     p, mass = torch.cat([*say(model, thoughts[row])]), torch.tensor([t['mass_on_step'] for t in table])
     tokens = p.max(0).values.topk(min(10, p.shape[1])).indices
-    panels = [(p[:, tokens], [repr(tokenizer.decode([t])).strip("'").replace(' ', '·') for t in tokens], f'"{rows[row]["question"][-60:]}": probability of a token')]
+    panels = [(p[:, tokens], [ascii(tokenizer.decode([t])).strip("'").replace(' ', '·') for t in tokens], f'"{rows[row]["question"][-60:]}": probability of a token')]
     panels += [(mass, [f'step {j + 1}' for j in range(mass.shape[1])], f'{len(rows)} rows: of the step\'s result')] if mass.numel() else []
     figure, axes = pyplot().subplots(1, len(panels), figsize=(9, 3.6), width_ratios=[max(4, len(names)) for _, names, _ in panels], layout='constrained', squeeze=False)
     for axis, (values, names, title) in zip(axes[0], panels):
