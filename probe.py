@@ -175,6 +175,12 @@ def pyplot():
     return matplotlib.pyplot
 
 
+def save(figure, path):
+    with replacing(path) as part:
+        figure.savefig(part, dpi=120, format='png')
+    pyplot().close(figure)
+
+
 def draw_thoughts(path, model, tokenizer, thoughts, rows, table):
     """Thought by candidate: probabilities in one row, and over all rows the mean probability of each step's result."""
     row = int(thoughts.any(-1).sum(1).argmax())  # one with as many thoughts as there are
@@ -190,9 +196,7 @@ def draw_thoughts(path, model, tokenizer, thoughts, rows, table):
         axis.set_title(title, fontsize=9)
         for k, j in (values >= 0.005).nonzero().tolist():
             axis.text(j, k, f'{values[k, j]:.2f}', ha='center', va='center', fontsize=7, color='white' if values[k, j] > 0.5 else 'black')
-    with replacing(path) as part:
-        figure.savefig(part, dpi=120, format='png')
-    pyplot().close(figure)
+    save(figure, path)
 
 
 def draw_curves(path, events):
@@ -209,6 +213,4 @@ def draw_curves(path, events):
         axes[0].text(end, 4, f'stage {s} ', ha='right', fontsize=7)
         for axis in axes:
             axis.axvline(end, color='grey', lw=0.5)
-    with replacing(path) as part:
-        figure.savefig(part, dpi=120, format='png')
-    pyplot().close(figure)
+    save(figure, path)

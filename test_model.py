@@ -1015,6 +1015,13 @@ def script(*args, fails=False):
     return out.getvalue()
 
 
+def test_every_row_has_an_id_of_its_own(tmp_path):
+    split = lambda *raw: prepare.prepare_split(raw, 'validation', str(tmp_path), 'first', 4, 448, 8, True)
+    assert [row['question_id'] for row in split({**RAW, 'question_id': ''}, RAW, {**RAW, 'question_id': ''})] == ['0', 'a', '2']
+    with pytest.raises(ValueError, match='2 rows with question_id a: every row needs one of its own'):
+        split(RAW, RAW)
+
+
 def test_prepare_drops_counts_and_names(tmp_path):
     png = io.BytesIO()
     Image.new('RGB', (80, 60), 'red').save(png, 'PNG')

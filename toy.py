@@ -1,8 +1,8 @@
 """
 The data sets that are drawn, not downloaded; prepare.py calls them.
 
-"Colour chain", in A-OKVQA's schema. A 3x3 grid of 28-pixel cells: eight rooms and a blank. A room's outer square is its colour, the inner square is the colour of the
-room its door leads to. "Four doors from red?" starts in the red room and follows four doors. Its
+"Colour chain", in A-OKVQA's schema. A 3x3 grid of 28-pixel cells: eight rooms and a blank. A room's outer square is its colour, the
+inner square is the colour of the room its door leads to. "Four doors from red?" starts in the red room and follows four doors. Its
 steps are three colours and a sentence: "blue", "green", "pink", "black is where the last door leads".
 
     the start's path is simple:  red -> blue -> green -> pink -> black       (the answer is black)
@@ -28,6 +28,8 @@ import os
 
 import numpy as np
 from PIL import Image
+
+from prepare import replacing
 
 COLOURS = {'red': (220, 40, 40), 'green': (40, 160, 60), 'blue': (50, 80, 220), 'yellow': (235, 215, 60),
            'pink': (245, 150, 190), 'brown': (125, 80, 45), 'black': (25, 25, 25), 'white': (245, 245, 245)}
@@ -61,7 +63,6 @@ def draw(folder, rows, seed, hops=HOPS):
     features = Features(image=ImageFeature(), question_id=Value('string'), question=Value('string'), choices=List(Value('string')),
                         correct_choice_idx=Value('int8'), direct_answers=Value('string'), difficult_direct_answer=Value('bool'),
                         rationales=List(Value('string')))
-    os.makedirs(folder, exist_ok=True)
     for number, (split, count) in enumerate(rows.items()):
         rng, drawn = np.random.default_rng((seed, number)), []
         for i in range(count):
@@ -70,8 +71,8 @@ def draw(folder, rows, seed, hops=HOPS):
             Image.fromarray(image).save(png, 'PNG')
             drawn.append(dict(fields, image=dict(bytes=png.getvalue(), path=None), question_id=f'{i:05d}'))
         path = os.path.join(folder, f'{split}.parquet')
-        Dataset.from_list(drawn, features=features).to_parquet(path + '.part')
-        os.replace(path + '.part', path)
+        with replacing(path) as part:
+            Dataset.from_list(drawn, features=features).to_parquet(part)
 
 
 PEOPLE = 'Alex Tom Jack Sally Davis Bob Max Fae Stella Carol Wren Polly Rex Sam Oliver'.split()
@@ -81,9 +82,10 @@ KINDS = [f'{start}mpus' for start in 'wu ya zu du ro nu tu vu jo sho yu go le lo
 
 def draw_graph(rng, nodes, steps):
     """
-    One row in Coconut's format, and under `results` the kind that each step arrives at. Nodes 0 and 1 are people; a node without a parent is a person
-    too. One fact a line, so that a name is the same token in facts and steps. The next nodes lead `steps` away from each of the two in turn, with Poisson(0.25) further parents; each later node has Poisson(1.5) parents,
-    deep ones more likely. 35 % of these may not descend from 1, 35 % not from 0. The two kinds of the question are equally far from 0 and from 1.
+    One row in Coconut's format, and under `results` the kind that each step arrives at. One fact a line, so that a name is the same token
+    in facts and steps. Nodes 0 and 1 are people; a node without a parent is a person too. The next nodes lead `steps` away from each of
+    the two in turn, with Poisson(0.25) further parents; each later node has Poisson(1.5) parents, deep ones more likely. 35 % of these may
+    not descend from 1, 35 % not from 0. The two kinds of the question are equally far from 0 and from 1.
     """
     while True:
         parents, family, depth = [[], []], [1, 2], [0, 0]  # family: 1 descends from node 0, 2 from node 1, 3 from both, 0 from neither
@@ -129,12 +131,10 @@ def draw_graphs(folder, rows, seed, nodes):
     """
     if not 2 + 2 * STEPS <= nodes <= len(KINDS):
         raise ValueError(f'nodes={nodes}: expected {2 + 2 * STEPS} to {len(KINDS)}')
-    os.makedirs(folder, exist_ok=True)
     paths = [os.path.join(folder, f'prosqa_{dict(validation="valid").get(split, split)}.json') for split in rows]
     for number, (path, count) in enumerate(zip(paths, rows.values())):
         rng = np.random.default_rng((seed, number))
-        with open(path + '.part', 'w', encoding='utf-8') as f:
+        with replacing(path) as part, open(part, 'w', encoding='utf-8') as f:
             steps = [1 + i % STEPS for i in range(count)]
             json.dump([draw_graph(rng, int(rng.integers(2 + 2 * k, nodes + 1)), k) for k in steps], f)
-        os.replace(path + '.part', path)
     return paths[0]

@@ -625,4 +625,5 @@ if __name__ == '__main__':
     report(stage)
     print(f'{elapsed() / 60:.1f} minutes')
     if world > 1:
+        dist.barrier()  # no rank takes its end of the connection away while another still works
         dist.destroy_process_group()
