@@ -36,6 +36,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # early: its default arguments keep the group that there is at its import, and DDP imports it
 from torch.nn.parallel import DistributedDataParallel
 
 import probe
@@ -239,7 +240,19 @@ def stop(signum, frame):
 def leave():
     by = SIGNALS[0] if SIGNALS else signal.SIGTERM  # none where another rank was asked
     print(f'train.py: stopped by {signal.Signals(by).name} after step {step}, all is saved: go on with --init_from=resume', file=sys.stderr)
-    raise SystemExit(128 + by)
+    end(128 + by)
+
+
+def end(code=0):
+    """
+    Ends the script, and before it the group of ranks: gloo's threads abort a process whose interpreter ends first, and they end with the
+    last reference to the group.
+    """
+    global network
+    network = None
+    if world > 1:
+        dist.destroy_process_group()
+    raise SystemExit(code)
 
 
 @torch.no_grad()
@@ -495,7 +508,7 @@ if __name__ == '__main__':
             if saved.get('knobs', {}).get(key, value) != value:
                 print(f'{key} is {value!r} here, the checkpoint was trained with {saved["knobs"][key]!r}')
         report(stage)
-        raise SystemExit(0)
+        end()
     stages = make_schedule()
     stage, epochs, total_steps = stages[0].stage, [s for s in stages for _ in range(s.epochs)], sum(s.steps * s.epochs for s in stages)
     last_step = min(total_steps, max_steps or total_steps)
@@ -507,7 +520,7 @@ if __name__ == '__main__':
     if dry_run:
         for now in stages:
             preview(now)
-        raise SystemExit(0)
+        end()
     data = digest('train', 'validation')
     if init_from == 'resume':
         refuse_changes(saved)
@@ -624,6 +637,4 @@ if __name__ == '__main__':
     print(f'best.pt: stage {stage}, epoch {epoch}')
     report(stage)
     print(f'{elapsed() / 60:.1f} minutes')
-    if world > 1:
-        dist.barrier()  # no rank takes its end of the connection away while another still works
-        dist.destroy_process_group()
+    end()
