@@ -2,7 +2,7 @@
 MultiCoCo's model: InternVL3 that reasons in continuous thoughts. One image, one question, one forward:
 
     uint8 tiles -> InternViT (timm) -> pixel shuffle -> projector \\
-                                                                   fused -> chunk 0 -> thought 1 -> chunk 1 -> ... -> answer
+                                                                   fuse -> chunk 0 -> thought 1 -> chunk 1 -> ... answer
     token ids   -> embedding ------------------------------------ /
 
 Sources: Coconut (arXiv 2412.06769), InternVL3 (arXiv 2504.10479), Qwen2 (arXiv 2407.10671).
@@ -10,18 +10,15 @@ Notation: B rows, T tokens a row, D width, H heads, K key/value heads, P tiles, 
 n thoughts, S slots (see `lay_out`). State-dict names are OpenGVLab's, and timm's inside the vision tower.
 
 Where we leave the sources, and why:
-- Coconut pads the batch until all thoughts stand in one column; we cut each row at its own thoughts instead, so any number of
-  thoughts may stand anywhere, and one thought costs one token's pass for the whole batch.
+- Coconut pads the batch until all thoughts stand in one column; we cut each row at its own thoughts instead, so any
+  number of thoughts may stand anywhere, and one thought costs one token's pass for the whole batch.
 - The image is encoded once. It stays in the keys and values, so nothing is fused again when a thought is fed back.
 - Thoughts are never detached: the gradient of the answer reaches thought 1.
-- A count of <IMG_CONTEXT> that does not fit the tiles is an error. OpenGVLab truncates the features and zeroes the loss.
-- RoPE is plain: InternVL3's 'dynamic' scaling equals it up to max_position_embeddings, and longer inputs are refused.
+- A count of <IMG_CONTEXT> that does not fit the tiles is an error; OpenGVLab truncates the features and zeroes the loss.
+- RoPE is plain: InternVL3's 'dynamic' scaling equals it up to max_position_embeddings; longer inputs are refused.
 """
-import json
 import math
-import os
-import pickle
-import re
+import resource
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, Optional
@@ -29,55 +26,21 @@ from typing import NamedTuple, Optional
 import timm
 import torch
 import torch.nn.functional as F
-import transformers
 from einops import rearrange
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
-from tokenizers import AddedToken, Tokenizer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-IMG, END_IMG, IMG_CONTEXT = '<img>', '</img>', '<IMG_CONTEXT>'
-START_LATENT, LATENT, END_LATENT = '<|start-latent|>', '<|latent|>', '<|end-latent|>'
-SPECIAL_TOKENS = (IMG, END_IMG, IMG_CONTEXT, START_LATENT, LATENT, END_LATENT)
+from checkpoint import IMG_CONTEXT, LATENT
+from checkpoint import load_tokenizer, load_weights, read_checkpoint, read_pretrained, tokenizer_from
+
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as InternVL was trained
-EMBEDDING, HEAD = 'language_model.model.embed_tokens.weight', 'language_model.lm_head.weight'
 PADDING = 2**30  # the position of padding: greater than any query's, so that no query sees it as a key
-
-
-# --- tokenizer --------------------------------------------------------------------------------------------------------
-
-def load_tokenizer(name_or_path):
-    """The checkpoint's tokenizer with every token of SPECIAL_TOKENS present, each added only if it is not there yet."""
-    return add_special_tokens(read_tokenizer(fetch(name_or_path)))
-
-
-def read_tokenizer(folder):
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # it warns that it does not know internvl_chat, whose config it need not know
-    try:
-        return transformers.AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise OSError(f'no tokenizer could be loaded from {folder}: {str(error).splitlines()[0]}') from None
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-
-
-def add_special_tokens(tokenizer):
-    known = tokenizer.get_vocab()
-    new = [AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS if t not in known]
-    tokenizer.add_special_tokens({'additional_special_tokens': new}, replace_extra_special_tokens=False)
-    for token in SPECIAL_TOKENS:
-        ids = tokenizer.encode(f'a{token}b', add_special_tokens=False)
-        assert ids.count(tokenizer.convert_tokens_to_ids(token)) == 1, f'{token} is not a token of its own: it became {ids}'
-        assert tokenizer.convert_tokens_to_ids(token) != tokenizer.unk_token_id, f'{token} is the unknown token'
-    return tokenizer
 
 
 # --- decoder: Qwen2 (q/k/v with bias) or Qwen3 (RMS norm on each head's queries and keys) -----------------------------
 
 def rotary(position, head_dim, theta):
-    """RoPE's cos and sin, float32 [B, 1, T, head_dim], of integer positions [B, T]; sin is negative in the first half."""
+    """RoPE's cos and sin, float32 [B, 1, T, head_dim], of positions [B, T]; sin is negative in the first half."""
     frequency = theta ** -(torch.arange(0, head_dim, 2, device=position.device, dtype=torch.float32) / head_dim)
     angle = position[:, None, :, None].float() * frequency
     cos, sin = angle.cos(), angle.sin()
@@ -137,14 +100,18 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x, cos, sin, mask, extend, real=None):
-        """x [B, L, D]; extend: this pass's keys and values -> all so far. Gives x and this pass's keys and values."""
+    def forward(self, x, cos, sin, mask, extend, filled=None):
+        """
+        x [B, L, D]; extend: this pass's keys and values -> all so far; filled: see `decode`. Gives x and this pass's keys and
+        values.
+        """
         y, k, v = self.self_attn(self.input_layernorm(x), cos, sin, mask, extend)
         x = x + y
         h = self.post_attention_layernorm(x)
-        if real is None:
+        if filled is None:
             return x + self.mlp(h), k, v
-        return x.flatten(0, 1).index_add(0, real, self.mlp(h.flatten(0, 1)[real]).to(x.dtype)).view_as(x), k, v  # none for padding
+        y = self.mlp(h.flatten(0, 1)[filled]).to(x.dtype)                            # [M, D], padding left out
+        return x.flatten(0, 1).index_add(0, filled, y).view_as(x), k, v
 
 
 class GrowingCache:
@@ -154,7 +121,7 @@ class GrowingCache:
         self.past = [((), ()) for _ in range(num_layers)]
 
     def extend(self, layer):
-        return partial(self.concatenate, *self.past[layer])  # what is past now, also when checkpointing asks again later
+        return partial(self.concatenate, *self.past[layer])  # what is past now, also when checkpointing asks again
 
     @staticmethod
     def concatenate(past_k, past_v, k, v):
@@ -166,10 +133,11 @@ class GrowingCache:
 
 
 class StaticCache:
-    """What a GrowingCache holds, with room for `more` slots that are written in place: for decoding without gradients."""
+    """What a GrowingCache holds, with room for `more` slots that are written in place: decoding without gradients."""
 
     def __init__(self, grown, more):
-        self.kv = torch.stack([torch.stack([F.pad(torch.cat(parts, 2), (0, 0, 0, more)) for parts in pair]) for pair in grown.past])
+        padded = lambda parts: F.pad(torch.cat(parts, 2), (0, 0, 0, more))
+        self.kv = torch.stack([torch.stack([padded(keys), padded(values)]) for keys, values in grown.past])
         self.at = torch.tensor([self.kv.shape[-2] - more], device=self.kv.device)  # the slot that the next pass writes
 
     def extend(self, layer):
@@ -188,9 +156,9 @@ class Layout(NamedTuple):
     slot: torch.Tensor      # int64 [B, T]: the slot of each token (0 for padding)
     ids: torch.Tensor       # int64 [B, S]: token ids in slots
     position: torch.Tensor  # int64 [B, S]: the token's position in its row, PADDING where a slot is empty
-    length: torch.Tensor    # int64 [B, n + 1]: real tokens of each row in each chunk, 0 where the row has no such thought
+    length: torch.Tensor    # int64 [B, n + 1]: tokens of each row in each chunk, 0 where the row has no such thought
     widths: list            # n + 1 ints: slots of each chunk, that is its longest row
-    real: list              # n + 1: which of a chunk's B * width slots hold tokens, int64 [M], or None where nearly all do
+    filled: list            # n + 1: which of a chunk's B * width slots hold tokens, int64 [M]; None where nearly all do
     visual: list            # B ints: <IMG_CONTEXT> tokens of each row
     targets: tuple          # three int64 [M]: row and slot before each supervised token, and the token
 
@@ -205,22 +173,14 @@ def lay_out(input_ids, attention_mask, config, labels=None, device=None):
         chunk:  0             1    2    3
         slots:  0 1 2 3 4 5   6    7 8 9 10  11 12 13  (row 1: 6 7 8 are empty behind its p's 0 1 2 ...)
 
-    Done on the host, where the lengths are needed anyway: all that depends on values is asked here, once. Inputs that are still on the
-    host spare the wait for the device.
+    Done on the host, where the lengths are needed anyway: all that depends on values is asked here, once. Inputs that are
+    still on the host spare the wait for the device.
     """
     ids, device = input_ids.cpu(), device or input_ids.device
     B, T = ids.shape
     real = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.cpu().bool()
-    if real.shape != ids.shape:
-        raise ValueError(f'attention_mask is {list(real.shape)} where input_ids is {list(ids.shape)}: they must agree')
-    for b in ((real[:, 1:] > real[:, :-1]).any(1) | ~real[:, 0]).nonzero():
-        raise ValueError(f'row {b.item()} of attention_mask is not 1s followed by 0s: pad on the right')
+    check_rows(ids, real, config)
     latent = (ids == config.latent_token_id) & real
-    for b in latent[:, 0].nonzero():
-        raise ValueError(f'row {b.item()} starts with {LATENT}: a thought needs a token before it')
-    longest = int(real.sum(1).max())
-    if longest > config.max_position_embeddings:
-        raise ValueError(f'a row has {longest} tokens, the model takes {config.max_position_embeddings} at most: shorten it')
     chunk = latent.cumsum(1)                                                                  # [B, T]
     length = torch.zeros(B, int(chunk.max()) + 1, dtype=torch.long).scatter_add_(1, chunk, real.long())
     start, widths = length.cumsum(1) - length, length.max(0).values                           # [B, n + 1], [n + 1]
@@ -231,13 +191,28 @@ def lay_out(input_ids, attention_mask, config, labels=None, device=None):
     table = lambda fill, x: torch.full((B, S + 1), fill).scatter_(1, into, x)[:, :S].to(device)
     targets = ()
     if labels is not None:
-        row, before = (labels.cpu()[:, 1:] != -100).nonzero(as_tuple=True)  # the token at `before` predicts the next one
-        targets = row, slot[row, before], labels.cpu()[row, before + 1]
-    share = (length.sum(0) / (B * widths)).tolist()
-    full = [None if share[k] > 0.9 else (torch.arange(w) < length[:, k, None]).flatten().nonzero()[:, 0].to(device)
-            for k, w in enumerate(widths.tolist())]
+        labels = labels.cpu()
+        row, before = (labels[:, 1:] != -100).nonzero(as_tuple=True)     # the token at `before` predicts the next one
+        targets = row.to(device), slot[row, before].to(device), labels[row, before + 1].to(device)
+    holds = [torch.arange(w) < length[:, k, None] for k, w in enumerate(widths.tolist())]     # n + 1 times [B, width]
+    filled = [None if h.float().mean() > 0.9 else h.flatten().nonzero()[:, 0].to(device) for h in holds]
+    visual = ((ids == config.image_token_id) & real).sum(1).tolist()
     return Layout(slot.to(device), table(config.pad_token_id, ids), table(PADDING, position), length.to(device),
-                  widths.tolist(), full, ((ids == config.image_token_id) & real).sum(1).tolist(), tuple(t.to(device) for t in targets))
+                  widths.tolist(), filled, visual, targets)
+
+
+def check_rows(ids, real, config):
+    """Raises ValueError for rows that cannot be laid out."""
+    if real.shape != ids.shape:
+        raise ValueError(f'attention_mask is {list(real.shape)} where input_ids is {list(ids.shape)}: they must agree')
+    for b in ((real[:, 1:] > real[:, :-1]).any(1) | ~real[:, 0]).nonzero():
+        raise ValueError(f'row {b.item()} of attention_mask is not 1s followed by 0s: pad on the right')
+    for b in (ids[:, 0] == config.latent_token_id).nonzero():
+        raise ValueError(f'row {b.item()} starts with {LATENT}: a thought needs a token before it')
+    longest = int(real.sum(1).max())
+    if longest > config.max_position_embeddings:
+        raise ValueError(f'a row has {longest} tokens, the model takes {config.max_position_embeddings} at most: '
+                         'shorten it')
 
 
 # --- the whole model --------------------------------------------------------------------------------------------------
@@ -303,8 +278,9 @@ class MultiCoCo(nn.Module):
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        self.activation_checkpointing, self.checkpoint = False, {}
-        self.hits = None  # supervised tokens of the latest labelled batch that the model would have written, for the log
+        self.activation_checkpointing = False
+        self.checkpoint = {}  # what else the .pt held that the weights came from
+        self.hits = None      # how many supervised tokens of the latest labelled batch it would have written, for the log
         self.vision_model = timm.models.VisionTransformer(
             img_size=c.image_size, patch_size=c.patch_size, embed_dim=c.vision_hidden_size, depth=c.vision_num_layers,
             num_heads=c.vision_num_heads, mlp_ratio=c.vision_intermediate_size / c.vision_hidden_size, init_values=1.0,
@@ -318,40 +294,17 @@ class MultiCoCo(nn.Module):
     @classmethod
     def from_pretrained(cls, name_or_path, dtype=torch.float32):
         """
-        InternVL from a hub id or a local folder: OpenGVLab's layout or the -hf one, one file or sharded, safetensors only. The rows
-        of tokens that `load_tokenizer` adds are the mean of the rows that were there. Raises OSError or ValueError in one sentence.
+        InternVL from a hub id or a local folder: OpenGVLab's layout or the -hf one, one file or sharded, safetensors only.
+        The rows of tokens that `load_tokenizer` adds are the mean of the rows that were there. Raises OSError or ValueError
+        in one sentence.
         """
-        folder = fetch(name_or_path)
-        files, shapes = weight_files(folder)
-        tokenizer = read_tokenizer(folder)
-        known = set(tokenizer.get_vocab().values())
-        with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f:
-            config = read_config(json.load(f), shapes, add_special_tokens(tokenizer), name_or_path)
+        fields, weights, found = read_pretrained(name_or_path, dtype)
         with torch.device('meta'):
-            model = cls(config)
-        weights, thirds = {}, {}
-        for name, path in files.items():
-            ours, third = rename(name)
-            with safe_open(path, 'pt') as file:  # opened for each tensor: closing lets go of the pages that were read
-                tensor = file.get_tensor(name)
-                if ours in (EMBEDDING, HEAD):
-                    tensor = with_mean_rows(tensor, known, config.vocab_size)
-                tensor = tensor.to(dtype, copy=True)
-            if third is None:
-                weights[ours] = tensor
-            else:
-                thirds.setdefault(ours, {})[third] = tensor
-        for ours, parts in thirds.items():
-            if len(parts) < 3:
-                raise ValueError(f'{name_or_path}: of {ours} only {", ".join(sorted(parts))} is there, expected q, k and v')
-            weights[ours] = torch.cat([parts[third] for third in 'qkv'])
-        if config.tie_word_embeddings:
-            weights[HEAD] = weights[EMBEDDING]
+            model = cls(Config(**fields))
         load_weights(model, weights, name_or_path, assign=True)
-        if config.tie_word_embeddings:  # what was tied on the meta device is not after assigning
+        if model.config.tie_word_embeddings:  # what was tied on the meta device is not after assigning
             model.language_model.lm_head.weight = model.language_model.model.embed_tokens.weight
-        print(f'{name_or_path}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters from {len(shapes)} tensors in '
-              f'{len(set(files.values()))} file(s), all used, none missing; {config.vocab_size - shapes[EMBEDDING][0]} rows added')
+        print(f'{name_or_path}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters from {found}')
         return model.eval()
 
     @torch.no_grad()
@@ -368,9 +321,10 @@ class MultiCoCo(nn.Module):
                 nn.init.normal_(module.weight, std=std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        for table in (self.language_model.model.embed_tokens.weight, self.vision_model.cls_token, self.vision_model.pos_embed):
+        lm, vision = self.language_model.model, self.vision_model
+        for table in (lm.embed_tokens.weight, vision.cls_token, vision.pos_embed):
             nn.init.normal_(table, std=0.35)
-        self.language_model.model.norm.weight.fill_(0.35)
+        lm.norm.weight.fill_(0.35)
 
     def set_activation_checkpointing(self, on=True):
         """Recompute activations in the backward pass: nothing changes but memory and time."""
@@ -378,25 +332,28 @@ class MultiCoCo(nn.Module):
         self.vision_model.set_grad_checkpointing(on)
 
     def embed_image(self, pixel_values):
-        """Tiles [P, 3, S, S], uint8 or normalised float, to visual tokens [P, N, D]."""
-        c = self.config
-        if pixel_values.shape[1:] != (3, c.image_size, c.image_size):
-            raise ValueError(f'tiles are {list(pixel_values.shape[1:])}, this model takes [3, {c.image_size}, {c.image_size}]: '
-                             f'prepare them with image_size={c.image_size}')
+        """Tiles [P, 3, S, S] on any device, uint8 or normalised float, to visual tokens [P, N, D]."""
+        c, side, weight = self.config, self.config.image_size, self.vision_model.pos_embed
+        if pixel_values.shape[1:] != (3, side, side):
+            raise ValueError(f'tiles are {list(pixel_values.shape[1:])}, this model takes [3, {side}, {side}]: '
+                             f'prepare them with image_size={side}')
+        pixel_values = pixel_values.to(weight.device, non_blocking=True)
         if pixel_values.dtype == torch.uint8:
-            mean, std = (torch.tensor(v, device=pixel_values.device)[:, None, None] for v in (IMAGE_MEAN, IMAGE_STD))
+            mean, std = (torch.tensor(v, device=weight.device)[:, None, None] for v in (IMAGE_MEAN, IMAGE_STD))
             pixel_values = pixel_values.float().div_(255).sub_(mean).div_(std)
-        x = self.vision_model.forward_features(pixel_values.to(self.vision_model.pos_embed.dtype))  # [P, 1 + h*p*w*q, C]
+        x = self.vision_model.forward_features(pixel_values.to(weight.dtype))              # [P, 1 + h*p*w*q, C]
         p = round(1 / c.downsample_ratio)
         shuffled = 'b (h w) (p q c)' if c.ps_version == 'v2' else 'b (w h) (p q c)'
-        return self.mlp1(rearrange(x[:, 1:], f'b (h p w q) c -> {shuffled}', h=c.image_size // c.patch_size // p, p=p, q=p))
+        x = rearrange(x[:, 1:], f'b (h p w q) c -> {shuffled}', h=side // c.patch_size // p, p=p, q=p)  # [P, N, C*p*q]
+        return self.mlp1(x)
 
     def embed_text(self, ids):
         return self.language_model.model.embed_tokens(ids)
 
     def as_pause(self, k, thought):
         """An `edit_thought`: the learned embedding of <|latent|> instead of a thought, so that nothing is fed back."""
-        return self.embed_text(torch.full(thought.shape[:1], self.config.latent_token_id, device=thought.device)).to(thought.dtype)
+        ids = torch.full(thought.shape[:1], self.config.latent_token_id, device=thought.device)
+        return self.embed_text(ids).to(thought.dtype)
 
     def fuse(self, layout, pixel_values=None, num_tiles=None, image_flags=None):
         """Tokens in slots to embeddings [B, S, D]: visual tokens stand where <IMG_CONTEXT> did, in row order."""
@@ -412,35 +369,37 @@ class MultiCoCo(nn.Module):
         tiles = [count // N for count in counts] if num_tiles is None else num_tiles.tolist()
         for b, (count, have) in enumerate(zip(counts, tiles)):
             if count != have * N:
-                raise ValueError(f'row {b} holds {count} {IMG_CONTEXT} tokens, but its {have} tiles give {have * N} visual tokens '
-                                 f'({N} a tile): encode text and tiles together')
+                raise ValueError(f'row {b} holds {count} {IMG_CONTEXT} tokens, but its {have} tiles give {have * N} visual '
+                                 f'tokens ({N} a tile): encode text and tiles together')
         if sum(tiles) != P:
             b = next((b for b in range(len(tiles)) if sum(tiles[:b + 1]) > P), len(tiles) - 1)
-            raise ValueError(f'row {b} ends {sum(tiles[:b + 1])} tiles into the batch by its {counts[b]} {IMG_CONTEXT} tokens, but '
-                             f'pixel_values holds {P} tiles: encode text and tiles together')
+            raise ValueError(f'row {b} ends {sum(tiles[:b + 1])} tiles into the batch by its {counts[b]} {IMG_CONTEXT} '
+                             f'tokens, but pixel_values holds {P} tiles: encode text and tiles together')
         if P:
-            x = x.masked_scatter((layout.ids == self.config.image_token_id)[..., None], self.embed_image(pixel_values).to(x.dtype))
+            here = layout.ids == self.config.image_token_id                                  # [B, S]
+            x = x.masked_scatter(here[..., None], self.embed_image(pixel_values).to(x.dtype))
         return x
 
-    def decode(self, x, position, mask, cache, real=None):
+    def decode(self, x, position, mask, cache, filled=None):
         """
-        One pass through the decoder: x [B, L, D] at position [B, L] to hidden states after the final norm [B, L, D]. `real`: the
-        slots of B * L that hold tokens, where many do not; the others skip the MLP, most of the work.
+        One pass through the decoder: x [B, L, D] at position [B, L] to hidden states after the final norm [B, L, D].
+        filled: the slots of B * L that hold tokens, where many do not; the others skip the MLP, most of the work.
         """
         cos, sin = rotary(position, self.config.head_dim, self.config.rope_theta)
         for i, layer in enumerate(self.language_model.model.layers):
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x, k, v = checkpoint(layer, x, cos, sin, mask, cache.extend(i), real, use_reentrant=False, preserve_rng_state=False)
+                x, k, v = checkpoint(layer, x, cos, sin, mask, cache.extend(i), filled,
+                                     use_reentrant=False, preserve_rng_state=False)
             else:
-                x, k, v = layer(x, cos, sin, mask, cache.extend(i), real)
+                x, k, v = layer(x, cos, sin, mask, cache.extend(i), filled)
             cache.append(i, k, v)
         return self.language_model.model.norm(x)
 
     def think(self, x, layout, cache, edit_thought=None):
         """
-        The latent loop over fused embeddings x [B, S, D]: n + 1 passes, one a chunk (see `lay_out`). The embedding of thought k
-        is the row's hidden state just before it. A query sees the keys whose position is not greater than its own.
-        Gives hidden states [B, S, D] and thoughts [B, n, D].
+        The latent loop over fused embeddings x [B, S, D]: n + 1 passes, one a chunk (see `lay_out`). The embedding of
+        thought k is the row's hidden state just before it. A query sees the keys whose position is not greater than its
+        own. Gives hidden states [B, S, D] and thoughts [B, n, D].
         """
         rows = torch.arange(len(x), device=x.device)
         hidden, thoughts, start = [], [], 0
@@ -448,22 +407,22 @@ class MultiCoCo(nn.Module):
             stop = start + width
             position, h, mask = layout.position[:, start:stop], x[:, start:stop], None
             if k:  # chunk 0 needs no mask: with padding on the right, causal is enough
-                thought = hidden[-1][rows, layout.length[:, k - 1].clamp(min=1) - 1]                             # [B, D]
+                thought = hidden[-1][rows, layout.length[:, k - 1].clamp(min=1) - 1]         # [B, D]
                 if edit_thought is not None:
                     thought = edit_thought(k, thought)
                 thought = torch.where(layout.length[:, k, None] > 0, thought, 0).to(x.dtype)
                 thoughts.append(thought)
                 h = torch.cat((thought[:, None], h[:, 1:]), 1)
-                mask = layout.position[:, None, None, :stop] <= position[:, None, :, None]                       # [B, 1, L, stop]
-            hidden.append(self.decode(h, position, mask, cache, layout.real[k]))
+                mask = layout.position[:, None, None, :stop] <= position[:, None, :, None]   # [B, 1, L, stop]
+            hidden.append(self.decode(h, position, mask, cache, layout.filled[k]))
             start = stop
         return torch.cat(hidden, 1), torch.stack(thoughts, 1) if thoughts else x[:, :0]
 
     def forward(self, input_ids, pixel_values=None, attention_mask=None, labels=None, num_tiles=None, image_flags=None,
                 edit_thought=None):
         """
-        input_ids       int64 [B, T], right-padded; a <|latent|> anywhere but first is a thought. Best left on the host, as is all but
-                        the tiles
+        input_ids       int64 [B, T], right-padded; a <|latent|> anywhere but first is a thought. Best left on the host,
+                        as are all others: what is needed on the device goes there
         pixel_values    uint8 or normalised float [P, 3, S, S]: the tiles of all rows in row order; None without images
         attention_mask  [B, T], 1 for a token; None for no padding
         labels          int64 [B, T], -100 where unsupervised; only supervised positions go through the head
@@ -489,14 +448,15 @@ class MultiCoCo(nn.Module):
     def generate(self, input_ids, pixel_values=None, attention_mask=None, max_new_tokens=64, temperature=0.0, top_p=1.0,
                  num_tiles=None, image_flags=None, edit_thought=None, generator=None):
         """
-        New tokens int64 [B, <= max_new_tokens], each row up to and with its end token, then padding. Greedy at temperature 0.
-        Thoughts of the prompt run through the same loop as in training. A <|latent|> that the model writes itself is fed the
-        last hidden state too (edit_thought then gets k = n + its place among the new tokens, from 1).
+        New tokens int64 [B, <= max_new_tokens], each row up to and with its end token, then padding. Greedy at temperature
+        0. Thoughts of the prompt run through the same loop as in training. A <|latent|> that the model writes itself is fed
+        the last hidden state too (edit_thought then gets k = n + its place among the new tokens, from 1).
         """
         if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
             raise ValueError(f'temperature={temperature}, top_p={top_p}, max_new_tokens={max_new_tokens}: '
                              'expected temperature >= 0, 0 < top_p <= 1 and max_new_tokens >= 1')
-        c, layout = self.config, lay_out(input_ids, attention_mask, self.config, None, self.language_model.lm_head.weight.device)
+        c, head = self.config, self.language_model.lm_head.weight
+        layout = lay_out(input_ids, attention_mask, c, None, head.device)
         length, (B, S) = layout.length.sum(1), layout.ids.shape
         if int(length.max()) + max_new_tokens > c.max_position_embeddings:
             raise ValueError(f'{int(length.max())} prompt tokens and {max_new_tokens} new ones exceed the model\'s '
@@ -506,14 +466,16 @@ class MultiCoCo(nn.Module):
         hidden, thoughts = self.think(x, layout, cache, edit_thought)
         cache = StaticCache(cache, max_new_tokens)
         rows, eos = torch.arange(B, device=x.device), torch.tensor(c.eos_token_ids, device=x.device)
-        last, here = hidden[rows, layout.slot[rows, length - 1]], length                  # [B, D]; [B], the next token's position
-        table = F.pad(layout.position, (0, max_new_tokens), value=PADDING)
-        new, wrote = torch.full((B, max_new_tokens), c.pad_token_id, device=x.device), torch.zeros_like(rows)
-        done, compiled = torch.zeros_like(rows, dtype=torch.bool), 'step' in self.__dict__
+        last = hidden[rows, layout.slot[rows, length - 1]]                                   # [B, D]
+        here = length                                                                        # [B]: the next position
+        table = F.pad(layout.position, (0, max_new_tokens), value=PADDING)                   # [B, S + max_new_tokens]
+        new = torch.full((B, max_new_tokens), c.pad_token_id, device=x.device)
+        wrote, done = torch.zeros_like(rows), torch.zeros_like(rows, dtype=torch.bool)
+        compiled = 'step' in self.__dict__
         if compiled:
             torch._dynamo.mark_static_address(cache.kv, guard=False)  # a CUDA graph may write to it
         for i in range(max_new_tokens):
-            logits = (self.language_model.lm_head.weight @ last.T).T  # for few rows faster on CPUs than the other way round
+            logits = (head @ last.T).T  # for few rows faster on CPUs than the other way round
             token = torch.where(done, c.pad_token_id, sample(logits.float(), temperature, top_p, generator))
             new[rows, i] = token
             wrote[rows] += ~done
@@ -524,9 +486,9 @@ class MultiCoCo(nn.Module):
                 running = (~done).nonzero()[:, 0]
                 if not len(running):
                     break
-                if 2 * len(running) <= len(done) and edit_thought is None and not compiled:  # so a row that ended soon costs nothing
+                if 2 * len(running) <= len(done) and edit_thought is None and not compiled:
                     rows, token, last, here, table, done = (t[running] for t in (rows, token, last, here, table, done))
-                    cache.kv = cache.kv[:, :, running]
+                    cache.kv = cache.kv[:, :, running]  # rows that ended cost nothing from here on
             thought = last if edit_thought is None else edit_thought(thoughts.shape[1] + i + 1, last)
             x = torch.where((token == c.latent_token_id)[:, None], thought.to(x.dtype), self.embed_text(token))
             table[:, S + i] = here
@@ -536,8 +498,8 @@ class MultiCoCo(nn.Module):
 
     def step(self, x, here, mask, cache):
         """
-        One token a row, x [B, D] at position here [B] to its hidden state [B, D]. Shapes stay the same from token to token:
-        `model.step = torch.compile(model.step, dynamic=False)` makes generate use it compiled.
+        One token a row, x [B, D] at position here [B] to its hidden state [B, D]. Shapes stay the same from token to
+        token: `model.step = torch.compile(model.step, dynamic=False)` makes generate use it compiled.
         """
         return self.decode(x[:, None], here[:, None], mask, cache)[:, 0]
 
@@ -547,6 +509,13 @@ def pick_device(device):
     if device == 'cuda' and not torch.cuda.is_available():
         raise ValueError('device=cuda, but torch sees no GPU here: use --device=cpu, or install a torch with CUDA')
     return ('cuda' if torch.cuda.is_available() else 'cpu') if device == 'auto' else device
+
+
+def peak_memory(device):
+    """The most bytes that this process has held: on the GPU, or all of its memory."""
+    if device == 'cuda':
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def pick_dtype(dtype, device):
@@ -565,171 +534,16 @@ def sample(logits, temperature, top_p, generator=None):
     return token.gather(-1, torch.multinomial(p, 1, generator=generator))[:, 0]
 
 
-# --- checkpoints ------------------------------------------------------------------------------------------------------
-
-def fetch(name_or_path):
-    """A local folder as it is; a hub id's files from the hub's cache, or from the hub if they are not all there."""
-    if os.path.isdir(name_or_path):
-        return name_or_path
-    if os.path.exists(name_or_path) or not re.fullmatch(r'[\w.-]+/[\w.-]+', name_or_path):
-        raise FileNotFoundError(f'{name_or_path} is neither a folder nor a hub id like OpenGVLab/InternVL3-1B-Pretrained')
-    wanted = dict(allow_patterns=['*.json', '*.safetensors', '*.txt'])
-    try:
-        folder = snapshot_download(name_or_path, local_files_only=True, **wanted)
-        weight_files(folder)
-        return folder
-    except (OSError, ValueError):
-        pass  # not in the cache, or not whole there: ask the hub
-    try:
-        return snapshot_download(name_or_path, **wanted)
-    except (OSError, ValueError, RuntimeError) as error:  # offline, no such repository, no access
-        raise OSError(f'{name_or_path} is not in the local cache and the hub could not be reached ({type(error).__name__}): give a '
-                      'local folder of the checkpoint, or train the built-in data set with config/toy.py') from None
-
-
-def weight_files(folder):
-    """Tensor name -> its safetensors file, and tensor name -> shape, of a checkpoint folder."""
-    index, single = os.path.join(folder, 'model.safetensors.index.json'), os.path.join(folder, 'model.safetensors')
-    if not os.path.isfile(os.path.join(folder, 'config.json')):
-        raise FileNotFoundError(f'{folder} holds no config.json: give the folder of a whole InternVL checkpoint')
-    paths = [single]
-    if os.path.isfile(index):
-        with open(index, encoding='utf-8') as f:
-            paths = [os.path.join(folder, name) for name in sorted(set(json.load(f)['weight_map'].values()))]
-    elif not os.path.isfile(single):
-        raise FileNotFoundError(f'{folder} holds no model.safetensors and no model.safetensors.index.json: only safetensors are '
-                                'read, so convert .bin files first')
-    files, shapes = {}, {}
-    for path in paths:
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f'{folder} lacks {os.path.basename(path)}, which its index names: download it again')
-        try:
-            with safe_open(path, 'pt') as file:
-                files.update((name, path) for name in file.keys())
-                shapes.update((name, file.get_slice(name).get_shape()) for name in file.keys())
-        except SafetensorError as error:
-            raise ValueError(f'{path} is damaged ({error}): download it again') from None
-    return files, shapes
-
-
-# file name -> our name, None where they are the same; a name that fits no row is an error
-BLOCK = r'vision_tower\.encoder\.layer\.(\d+)\.'
-KEYS = {re.compile(pattern): ours for pattern, ours in {
-    r'language_model\..+|mlp1\.[013]\.(?:weight|bias)': None,
-    # OpenGVLab
-    r'vision_model\.embeddings\.class_embedding': 'vision_model.cls_token',
-    r'vision_model\.embeddings\.position_embedding': 'vision_model.pos_embed',
-    r'vision_model\.embeddings\.patch_embedding\.(.+)': r'vision_model.patch_embed.proj.\1',
-    r'vision_model\.encoder\.layers\.(\d+)\.(ls[12])': r'vision_model.blocks.\1.\2.gamma',
-    r'vision_model\.encoder\.layers\.(\d+)\.((?:norm[12]|attn|mlp)\..+)': r'vision_model.blocks.\1.\2',
-    # -hf
-    r'vision_tower\.embeddings\.cls_token': 'vision_model.cls_token',
-    r'vision_tower\.embeddings\.position_embeddings': 'vision_model.pos_embed',
-    r'vision_tower\.embeddings\.patch_embeddings\.projection\.(.+)': r'vision_model.patch_embed.proj.\1',
-    BLOCK + r'lambda_([12])': r'vision_model.blocks.\1.ls\2.gamma',
-    BLOCK + r'layernorm_before\.(.+)': r'vision_model.blocks.\1.norm1.\2',
-    BLOCK + r'layernorm_after\.(.+)': r'vision_model.blocks.\1.norm2.\2',
-    BLOCK + r'attention\.(?P<third>[qkv])_proj\.(.+)': r'vision_model.blocks.\1.attn.qkv.\3',
-    BLOCK + r'attention\.projection_layer\.(.+)': r'vision_model.blocks.\1.attn.proj.\2',
-    BLOCK + r'(mlp\..+)': r'vision_model.blocks.\1.\2',
-    r'multi_modal_projector\.layer_norm\.(.+)': r'mlp1.0.\1',
-    r'multi_modal_projector\.linear_1\.(.+)': r'mlp1.1.\1',
-    r'multi_modal_projector\.linear_2\.(.+)': r'mlp1.3.\1'}.items()}
-
-
-def rename(name):
-    """A file's tensor name -> (our name, 'q', 'k' or 'v' if it is a third of our fused qkv)."""
-    for pattern, ours in KEYS.items():
-        if match := pattern.fullmatch(name):
-            return (name if ours is None else match.expand(ours)), match.groupdict().get('third')
-    return name, None  # load_weights reports it as not known
-
-
-def with_mean_rows(matrix, known, rows):
-    """Embedding or head [V, D] with `rows` rows; those of ids that no token had before are the mean of those that one had."""
-    had = torch.zeros(rows, dtype=torch.bool)
-    had[[i for i in known if i < len(matrix)]] = True
-    total = sum(part[here].float().sum(0) for part, here in zip(matrix.split(8192), had[:len(matrix)].split(8192)))  # little memory
-    grown = matrix.new_empty(rows, matrix.shape[1])
-    grown[:len(matrix)] = matrix
-    grown[~had] = (total / had.sum()).to(matrix.dtype)
-    return grown
-
-
-def read_config(c, shapes, tokenizer, source):
-    """A checkpoint's config.json to our Config. Some copies carry a wrong llm_config beside a right text_config."""
-    embedding = shapes.get(EMBEDDING, 'missing')
-    candidates = [c[key] for key in ('llm_config', 'text_config') if c.get(key)]
-    fit = [t for t in candidates if [t.get('vocab_size'), t.get('hidden_size')] == embedding]
-    if not fit:
-        raise ValueError(f'{source}: embed_tokens is {embedding}, but config.json describes '
-                         f'{[[t.get("vocab_size"), t.get("hidden_size")] for t in candidates]} [vocab_size, hidden_size]')
-    t, v = fit[0], c['vision_config']
-    rope = t.get('rope_parameters') or t
-    scaling = (t.get('rope_scaling') or t.get('rope_parameters') or {})
-    pair = lambda x: x[0] if isinstance(x, (list, tuple)) else x
-    refuse = {f'its decoder is {t.get("model_type")}, not qwen2 or qwen3': t.get('model_type') not in ('qwen2', 'qwen3'),
-              'its vision tower is InternViT-6B with query/key norm, which timm cannot express':
-                  v.get('qk_normalization') or v.get('use_qk_norm') or v.get('norm_type') == 'rms_norm',
-              'its vision tower has no bias on q, k, v': not v.get('qkv_bias', v.get('attention_bias')),
-              f'its rope is {scaling.get("rope_type")}': scaling.get('rope_type', 'default') not in ('default', 'dynamic'),
-              'it reads an inner layer of the vision tower': c.get('select_layer', c.get('vision_feature_layer', -1)) != -1}
-    for reason, holds in refuse.items():
-        if holds:
-            raise ValueError(f'{source} is not supported: {reason}; InternVL2.5/3 1B, 2B, 8B, 14B and InternVL3.5 with Qwen are')
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in (*SPECIAL_TOKENS, '<|im_end|>', '<|endoftext|>')}
-    return Config(
-        vocab_size=max(embedding[0], len(tokenizer)), hidden_size=t['hidden_size'], intermediate_size=t['intermediate_size'],
-        num_hidden_layers=t['num_hidden_layers'], num_attention_heads=t['num_attention_heads'],
-        num_key_value_heads=t['num_key_value_heads'], head_dim=t.get('head_dim') or t['hidden_size'] // t['num_attention_heads'],
-        attention_bias=t['model_type'] == 'qwen2', qk_norm=t['model_type'] == 'qwen3', rope_theta=float(rope.get('rope_theta', 1e4)),
-        rms_norm_eps=t['rms_norm_eps'], max_position_embeddings=t['max_position_embeddings'],
-        tie_word_embeddings=bool(c.get('tie_word_embeddings', False)),
-        vision_hidden_size=v['hidden_size'], vision_intermediate_size=v['intermediate_size'], vision_num_layers=v['num_hidden_layers'],
-        vision_num_heads=v['num_attention_heads'], patch_size=pair(v['patch_size']),
-        image_size=c.get('force_image_size') or pair(v['image_size']), downsample_ratio=c.get('downsample_ratio', 0.5),
-        ps_version=c.get('ps_version', 'v2'), image_token_id=ids[IMG_CONTEXT], latent_token_id=ids[LATENT],
-        eos_token_ids=(ids['<|im_end|>'], ids['<|endoftext|>']), pad_token_id=ids['<|endoftext|>'])
-
-
 def load_checkpoint(path):
     """
-    Model (float32, evaluation mode) and tokenizer: from a .pt of train.py, whose other entries are then at `model.checkpoint`, or
-    from a checkpoint folder or hub id, where `model.checkpoint` is {}.
+    Model (float32, evaluation mode) and tokenizer: from a .pt of train.py, whose other entries are then at
+    `model.checkpoint`, or from a checkpoint folder or hub id, where `model.checkpoint` is {}.
     """
     if not path.endswith('.pt'):
         return MultiCoCo.from_pretrained(path), load_tokenizer(path)
-    checkpoint = read_checkpoint(path)
-    config = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in checkpoint['config'].items()})
+    saved = read_checkpoint(path)
+    config = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved['config'].items()})
     model = MultiCoCo(config)
-    load_weights(model, checkpoint.pop('model'), path)
-    model.checkpoint = checkpoint
-    tokenizer = Tokenizer.from_str(checkpoint['tokenizer'])
-    eos, pad = tokenizer.id_to_token(config.eos_token_ids[0]), tokenizer.id_to_token(config.pad_token_id)
-    return model.eval(), transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, pad_token=pad)
-
-
-def read_checkpoint(path):
-    """The dict that train.py wrote."""
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f'no checkpoint at {path}: train one first, or give the path of a .pt file')
-    try:
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        raise ValueError(f'{path} is not a whole checkpoint ({str(error).splitlines()[0][:80]}): it may be cut off, '
-                         'use another one') from None
-    if not isinstance(checkpoint, dict) or not {'model', 'config', 'tokenizer', 'knobs'} <= checkpoint.keys():
-        raise ValueError(f'{path} is no checkpoint of train.py: it lacks model, config, tokenizer or knobs')
-    return checkpoint
-
-
-def load_weights(model, weights, source, assign=False):
-    """Total both ways: every parameter is filled, every tensor is used, shapes agree."""
-    want = model.state_dict()
-    wrong = [f'{name} is missing' for name in want if name not in weights]
-    wrong += [f'{name} is not known here' for name in weights if name not in want]
-    wrong += [f'{name} is {list(weights[name].shape)}, expected {list(want[name].shape)}'
-              for name in want if name in weights and weights[name].shape != want[name].shape]
-    if wrong:
-        raise ValueError(f'{source} does not fit this model, {len(wrong)} tensors differ: {"; ".join(wrong[:3])}')
-    model.load_state_dict(weights, assign=assign)
+    load_weights(model, saved.pop('model'), path)
+    model.checkpoint = saved
+    return model.eval(), tokenizer_from(saved['tokenizer'], config.eos_token_ids[0], config.pad_token_id)

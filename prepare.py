@@ -10,8 +10,6 @@ A prepared folder holds {split}.jsonl, images/{split}/, cache/tiles/{split}/ and
 fields of Coconut's files, question, steps, answer, and where there are, image, choices, correct_choice_idx, question_id.
 Sources: Coconut's public data code, A-OKVQA's, InternVL's dynamic tiling as transformers' GotOcr2ImageProcessorPil does it.
 """
-import contextlib
-import errno
 import hashlib
 import io
 import json
@@ -27,8 +25,8 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from checkpoint import END_IMG, END_LATENT, IMG, IMG_CONTEXT, LATENT, SPECIAL_TOKENS, START_LATENT, fetch, replacing
 from configurator import configure
-from model import END_IMG, END_LATENT, IMG, IMG_CONTEXT, LATENT, SPECIAL_TOKENS, START_LATENT, fetch
 
 # --- knobs of the command ---------------------------------------------------------------------------------------------
 dataset = 'HuggingFaceM4/A-OKVQA'  # hub id, folder of parquet files, JSON file in Coconut's format, 'toy' or 'prosqa' to draw one
@@ -151,6 +149,11 @@ def collate(rows):
     if rows[0]['labels'] is not None:
         batch['labels'] = pad('labels', -100)
     return batch
+
+
+def supervised(batch):
+    """The number of tokens that a batch's loss is the mean over."""
+    return int((batch['labels'][:, 1:] != -100).sum())
 
 
 def micro_batches(batch, rows):
@@ -296,28 +299,14 @@ def load_tiles(row, folder, split, size=448, max_tiles=8, cache=True):
     return tiles
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
-@contextlib.contextmanager
-def replacing(path):
-    """Gives a temporary name to write to; renames it to path when all is written, removes it when not."""
-    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-    part = f'{path}.{os.getpid()}.part'
-    try:
-        yield part
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch and numpy do not pass the system's reason on: look for it
-        full = getattr(error, 'errno', None) == errno.ENOSPC or shutil.disk_usage(os.path.dirname(path) or '.').free < 2**20
-        if full:
-            raise OSError(f'the disk is full: {path} was not written, what was there before is untouched; free some space') from None
-        raise
-    finally:
-        if os.path.exists(part):
-            os.remove(part)
+# --- rows of a data set -----------------------------------------------------------------------------------------------
+def split_file(folder, split):
+    return os.path.join(folder, f'{split}.jsonl')
 
 
 def read_split(folder, split):
     """The rows of a prepared split."""
-    path = os.path.join(folder, f'{split}.jsonl')
+    path = split_file(folder, split)
     if not os.path.isfile(path):
         raise FileNotFoundError(f'no prepared data at {path}: run prepare.py with the same config first')
     with open(path, encoding='utf-8') as f:
@@ -327,7 +316,23 @@ def read_split(folder, split):
     return rows
 
 
-# --- rows of a data set -----------------------------------------------------------------------------------------------
+def fitting_rows(split, stage, rows=None, **knobs):
+    """The rows of a split, or these, that fit max_length at this stage; the others are counted. knobs: of Rows."""
+    encoded = Rows(read_split(knobs['data_dir'], split) if rows is None else rows, split, stage, **knobs)
+    kept, limit = [row for i, row in enumerate(encoded.rows) if encoded.fits(i)], f'max_length={knobs["max_length"]}'
+    if len(kept) < len(encoded):
+        print(f'stage {stage}: {len(encoded) - len(kept)} of {len(encoded)} {split} rows need more than {limit}: dropped')
+    if not kept:
+        raise ValueError(f'no {split} row fits {limit} at stage {stage}: raise it, or lower max_tiles')
+    return kept
+
+
+def digest(folder, *splits):
+    """Tells whether two runs saw the same rows."""
+    read = lambda split: open(split_file(folder, split), 'rb').read()
+    return hashlib.sha256(b''.join(map(read, splits))).hexdigest()
+
+
 def cut_steps(rationale, spans):
     """A rationale as steps: its sentences; a single sentence as up to `spans` nearly equal spans of words."""
     sentences = [s.strip() for s in re.split(r'(?<=[.!?])\s+', rationale.strip()) if s.strip()]
@@ -466,7 +471,7 @@ def prepare_split(raw, split, folder, steps_from, max_latent_stage, image_size, 
         print(f'{split}: dropped {len(names)} rows {reason}: {", ".join(names[:3])}{", ..." if len(names) > 3 else ""}')
     if not kept:
         raise ValueError(f'{split} holds no usable row of {len(raw)}: see the reasons above, and give another --dataset')
-    with replacing(os.path.join(folder, f'{split}.jsonl')) as part, open(part, 'w', encoding='utf-8') as f:
+    with replacing(split_file(folder, split)) as part, open(part, 'w', encoding='utf-8') as f:
         f.writelines(json.dumps(row, ensure_ascii=False) + '\n' for row in kept)
     print(f'{split}: {len(kept)} rows of {len(raw)}')
     return kept

@@ -19,13 +19,14 @@ Do the thoughts carry the answer, and what do they say? train.py calls this when
 A thought that can be replaced without loss carries nothing. --compare names the out_dirs of other runs over the same rows, separated by commas:
 McNemar's exact test asks whether the rows that only one of two runs has right fall to either side as a fair coin does.
 """
+import json
 import math
 import re
 
 import torch
 import torch.nn.functional as F
 
-from prepare import replacing
+from checkpoint import replacing
 
 FORM = re.compile(r'zero|noise|mean|swap|image|(drop_last|early)_(\d+)')
 
@@ -199,8 +200,10 @@ def draw_thoughts(path, model, tokenizer, thoughts, rows, table):
     save(figure, path)
 
 
-def draw_curves(path, events):
-    """Accuracy and loss over steps, stages marked; `events` as in metrics.jsonl."""
+def draw_curves(path, metrics):
+    """Accuracy and loss over steps, stages marked, from a metrics.jsonl."""
+    with open(metrics) as f:
+        events = [json.loads(line) for line in f]
     trained, evaluated = ([e for e in events if e['event'] == kind] for kind in ('train', 'eval'))
     figure, axes = pyplot().subplots(2, 1, sharex=True, figsize=(7, 4.5), height_ratios=(2, 1), layout='tight')
     axes[0].plot([e['step'] for e in evaluated], [100 * e['accuracy'] for e in evaluated], 'o-', ms=3)

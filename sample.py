@@ -7,16 +7,15 @@ Answers questions about images with continuous thoughts.
 
 --image takes one file, several separated by commas, or a folder; all are answered in one batch.
 """
-import math
 import os
-import resource
 import time
 
 import torch
 
 from configurator import configure
-from model import load_checkpoint, pick_device, pick_dtype
-from prepare import LETTERS, collate, encode, extract_choice, fill, load_image, tile_image
+from evaluate import respond
+from model import load_checkpoint, peak_memory, pick_device, pick_dtype
+from prepare import LETTERS, collate, encode, load_image, tile_image
 
 # --- knobs ------------------------------------------------------------------------------------------------------------
 ckpt = 'out/best.pt'                      # a .pt of train.py, or a folder or hub id of InternVL
@@ -48,46 +47,6 @@ def find_images(image):
     return [name.strip() for name in image.split(',')] if image else [None]
 
 
-def respond(model, tokenizer, batch, rows, answer, **generation):
-    """
-    Free-running answers to a batch: for each row a dict of text, tokens, thoughts and option, that is the text or the option that it names; with
-    choices also choice, its number, and parsed, whether it could be read; with a known answer also right.
-    """
-    new, said = model.generate(**batch, **generation), []
-    tokens = (new != model.config.pad_token_id).sum(1).tolist()
-    thoughts = (batch['input_ids'] == model.config.latent_token_id).sum(1).tolist()
-    for row, text, n, k in zip(rows, tokenizer.batch_decode(new, skip_special_tokens=True), tokens, thoughts):
-        one = dict(question_id=row.get('question_id'), text=text, tokens=n, thoughts=k, parsed=True, option=text)
-        if row.get('choices'):
-            one['choice'], one['parsed'] = extract_choice(text, row['choices'])
-            one['option'] = row['choices'][one['choice']]
-        if 'answer' in row:
-            one['right'] = one['choice'] == row['correct_choice_idx'] if row.get('choices') else \
-                text.strip().split('\n')[-1] == fill(answer, row).split('\n')[-1]
-        said.append(one)
-    return said
-
-
-def summarize(answers, seconds):
-    """Metrics of what `respond` gave; accuracy, with Wilson's 95 % interval, where the answers are known."""
-    total, n, z = lambda key: sum(one[key] for one in answers), len(answers), 1.96
-    metrics = dict(tokens_per_answer=total('tokens') / n, thoughts_per_answer=total('thoughts') / n, unparsed=n - total('parsed'),
-                   examples=n, seconds_per_answer=seconds / n)
-    if all('right' in one for one in answers):
-        p = total('right') / n
-        centre, half = (p + z * z / 2 / n) / (1 + z * z / n), z * math.sqrt(p * (1 - p) / n + z * z / 4 / n / n) / (1 + z * z / n)
-        metrics.update(accuracy=p, interval=[centre - half, centre + half])
-    return metrics
-
-
-def describe(metrics):
-    low, high = metrics.get('interval', (0, 0))
-    known = f'accuracy {100 * metrics["accuracy"]:5.1f} % ({100 * low:.1f} to {100 * high:.1f})' if high else 'no labels'
-    loss = f', loss {metrics["loss"]:.4f}' if 'loss' in metrics else ''
-    return (f'{known} of {metrics["examples"]}, {metrics["tokens_per_answer"]:.1f} tokens and {metrics["thoughts_per_answer"]:.1f} '
-            f'thoughts and {metrics["seconds_per_answer"]:.3f} s an answer, {metrics["unparsed"]} unparsed{loss}')
-
-
 if __name__ == '__main__':
     globals().update(configure(globals()))
     device = pick_device(device)
@@ -111,7 +70,6 @@ if __name__ == '__main__':
     rows = [encode(dict(question=question, choices=options, image=f, question_id=f or 'question'), tokenizer, stage, t,
                    supervised=False, max_length=config.max_position_embeddings, num_image_tokens=config.num_image_tokens, **text)
             for f, t in zip(files, tiles)]
-    batch = {k: v if v is None else v.to(device) for k, v in collate(rows).items()}
 
     # --- answers ------------------------------------------------------------------------------------------------------
     thoughts = []
@@ -122,7 +80,7 @@ if __name__ == '__main__':
         return thought
 
     began = time.time()
-    said = respond(model, tokenizer, batch, [dict(choices=options)] * len(files), knobs['answer'], max_new_tokens=max_new_tokens,
+    said = respond(model, tokenizer, collate(rows), [dict(choices=options)] * len(files), knobs['answer'], max_new_tokens=max_new_tokens,
                    temperature=temperature, top_p=top_p, edit_thought=keep)
     seconds = time.time() - began
     usual = model.embed_text(torch.arange(config.vocab_size, device=device)).norm(dim=-1).mean()
@@ -138,5 +96,4 @@ if __name__ == '__main__':
         if options:
             chosen = f'-> {LETTERS[one["choice"]]}. {options[one["choice"]]}'
             print(chosen if one['parsed'] else '-> no option could be read from this answer')
-    peak = torch.cuda.max_memory_allocated() if device == 'cuda' else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(f'\n{len(files)} answers in {seconds:.1f} s on {device}, peak memory {peak / 1e9:.2f} GB')
+    print(f'\n{len(files)} answers in {seconds:.1f} s on {device}, peak memory {peak_memory(device) / 1e9:.2f} GB')

@@ -29,9 +29,11 @@ import bench
 import configurator
 import prepare
 import probe
+import reference
 import toy
 import train
-from model import Config, GrowingCache, IMAGE_MEAN, IMAGE_STD, MultiCoCo, SPECIAL_TOKENS, add_special_tokens, lay_out, load_checkpoint, load_tokenizer
+from checkpoint import SPECIAL_TOKENS, add_special_tokens
+from model import Config, GrowingCache, IMAGE_MEAN, IMAGE_STD, MultiCoCo, lay_out, load_checkpoint, load_tokenizer
 
 torch.set_num_threads(1)
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -500,19 +502,19 @@ TINY = Config(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_att
 def pair():
     """bench.py's two models, tiny but for the vocabulary."""
     bench.device, bench.autocast = 'cpu', contextlib.nullcontext()
-    return bench.models(TINY)
+    return reference.models(TINY, bench.seed)
 
 
 def test_what_is_benchmarked_computes_the_same(pair):
     """The floor is what pause tokens compute, the published loop and generation what ours compute."""
     ours, theirs = pair
     batch = bench.make_batch(TINY, 4, 3)
-    assert bench.floor_loss(theirs, batch).item() == pytest.approx(ours(**batch, edit_thought=ours.as_pause).loss.item(), rel=1e-5)
-    assert bench.published_loss(theirs, batch)[0].item() == pytest.approx(ours(**batch).loss.item(), rel=1e-5)
+    assert reference.floor_loss(theirs, batch).item() == pytest.approx(ours(**batch, edit_thought=ours.as_pause).loss.item(), rel=1e-5)
+    assert reference.published_loss(theirs, batch, TINY.latent_token_id)[0].item() == pytest.approx(ours(**batch).loss.item(), rel=1e-5)
     asked, plain = (bench.make_batch(TINY, 4, n, supervised=False) for n in (3, 0))
     with torch.no_grad():
-        assert bench.published_generate(theirs, asked, 6).tolist() == ours.generate(**asked, max_new_tokens=6).tolist()
-        assert bench.plain_generate(theirs, plain, 6).tolist() == ours.generate(**plain, max_new_tokens=6).tolist()
+        assert reference.published_generate(theirs, asked, TINY.latent_token_id, 6).tolist() == ours.generate(**asked, max_new_tokens=6).tolist()
+        assert reference.plain_generate(theirs, plain, 6).tolist() == ours.generate(**plain, max_new_tokens=6).tolist()
 
 
 @pytest.mark.parametrize('n', (0, 1, 8))
@@ -526,7 +528,7 @@ def test_training_costs_the_flops_of_one_plain_pass(pair, n):
     for tiles in ((1,), (1, 12)):
         batch = bench.make_batch(TINY, 4, n, tiles)
         floor, loop = (bench.cost(bench.step_of(model, loss))['flops'] for model, loss in (
-            (theirs, lambda: bench.floor_loss(theirs, batch)), (ours, lambda: ours(**batch).loss)))
+            (theirs, lambda: reference.floor_loss(theirs, batch)), (ours, lambda: ours(**batch).loss)))
         ratios.append(loop / floor)
     assert abs(ratios[0] - 1) < 0.01 and ratios[1] < ratios[0] - 0.002
 
@@ -541,7 +543,7 @@ def test_a_generated_token_costs_the_flops_of_one_token(pair):
     slots = sum(lay_out(batch['input_ids'], batch['attention_mask'], c).widths) + N
     assert many - one == (N - 1) * B * (2 * matrices + 4 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * slots)
     with torch.no_grad():
-        prompt = bench.cost(lambda: theirs.model.language_model(inputs_embeds=bench.embed(theirs, batch), use_cache=False))['flops']
+        prompt = bench.cost(lambda: theirs.model.language_model(inputs_embeds=reference.embed(theirs, batch), use_cache=False))['flops']
     assert one == pytest.approx(prompt + 2 * B * lm.lm_head.weight.numel(), rel=0.02)
 
 
@@ -708,7 +710,7 @@ def test_incomplete_checkpoints(tmp_path, monkeypatch):
     damaged.write_bytes((tmp_path / 'b' / 'pytorch_model.bin').read_bytes()[:1000])
     with pytest.raises(ValueError, match='is damaged .* download it again'):
         MultiCoCo.from_pretrained(str(tmp_path / 'b'))
-    monkeypatch.setattr('model.snapshot_download', lambda *a, **k: (_ for _ in ()).throw(OSError('no route')))
+    monkeypatch.setattr('checkpoint.snapshot_download', lambda *a, **k: (_ for _ in ()).throw(OSError('no route')))
     with pytest.raises(OSError, match='could not be reached .* local folder .* config/toy.py'):
         MultiCoCo.from_pretrained('some/model')
 

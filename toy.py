@@ -29,7 +29,7 @@ import os
 import numpy as np
 from PIL import Image
 
-from prepare import replacing
+from checkpoint import replacing
 
 COLOURS = {'red': (220, 40, 40), 'green': (40, 160, 60), 'blue': (50, 80, 220), 'yellow': (235, 215, 60),
            'pink': (245, 150, 190), 'brown': (125, 80, 45), 'black': (25, 25, 25), 'white': (245, 245, 245)}

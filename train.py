@@ -2,17 +2,16 @@
 Trains MultiCoCo through its curriculum: stage 0 writes every step, stage k hides the first k behind thoughts.
 
     python train.py config/toy.py                            the built-in data set, minutes on a CPU
-    python train.py config/toy.py --dry_run=True             what that will do: schedule, a row and a prompt of each stage
+    python train.py config/toy.py --dry_run=True             what that will do: schedule, a row and a prompt a stage
     python train.py config/toy.py --init_from=resume         goes on where the run was stopped or killed
     python train.py config/aokvqa.py --max_latent_stage=4    InternVL3-1B on A-OKVQA
     torchrun --standalone --nproc_per_node=8 train.py config/aokvqa.py    the same on 8 GPUs
 
-Leaves in out_dir: last.pt (to resume from), epoch_{k}.pt, best.pt (best validation accuracy within the furthest stage), run.json (how
-it was started), metrics.jsonl, metrics_epoch_{k}.json, answers_{split}.json, predictions_{split}.json, curves.png, and where there are thoughts
-thoughts_{split}.json and .png (see probe.py).
+Leaves in out_dir: last.pt (to resume from), epoch_{k}.pt, best.pt (best validation accuracy within the furthest stage),
+run.json (how it was started), metrics.jsonl, metrics_epoch_{k}.json, answers_{split}.json, predictions_{split}.json,
+curves.png, and where there are thoughts thoughts_{split}.json and .png (see probe.py).
 """
 import glob
-import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -21,7 +20,6 @@ import os
 import platform
 import random
 import re
-import resource
 import shlex
 import shutil
 import signal
@@ -36,14 +34,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # early: its default arguments keep the group that there is at its import, and DDP imports it
+import torch.distributed.nn  # before there is a group: DDP imports it, and its default arguments would keep the group
 from torch.nn.parallel import DistributedDataParallel
 
 import probe
+from checkpoint import END_LATENT, IMG_CONTEXT, LATENT, START_LATENT, read_checkpoint, replacing, write_checkpoint
 from configurator import configure
-from model import Config, END_LATENT, IMG_CONTEXT, LATENT, MultiCoCo, START_LATENT, load_checkpoint, load_tokenizer, pick_device, pick_dtype, read_checkpoint
-from prepare import ANSWER, PROMPT, Rows, batches, build_text, micro_batches, read_split, replacing
-from sample import describe, respond, summarize
+from evaluate import Evaluation, all_ranks, describe
+from model import Config, MultiCoCo, load_checkpoint, load_tokenizer, peak_memory, pick_device, pick_dtype
+from prepare import ANSWER, PROMPT, Rows, batches, build_text, micro_batches, supervised
+from prepare import digest, fitting_rows, split_file
 
 # --- knobs: data ------------------------------------------------------------------------------------------------------
 data_dir = 'data/aokvqa'        # what prepare.py made
@@ -58,7 +58,7 @@ answer = ANSWER
 template = 'plain'              # 'plain' or 'chatml', InternVL's chat turns
 visual_bridge = False           # words that lead from the image to the steps
 # curriculum
-mode = 'coconut'                # 'coconut', 'cot', 'no_cot', 'pause' (nothing fed back), 'no_thoughts' (curriculum without)
+mode = 'coconut'                # also 'cot', 'no_cot', 'pause' (nothing fed back), 'no_thoughts' (curriculum without)
 c_thought = 2                   # thoughts a hidden step
 max_latent_stage = 4            # the last stage that hides one more step
 epochs_stage0 = 8               # epochs with every step written
@@ -109,15 +109,15 @@ dry_run = False                 # print schedule, rows and prompts, and stop
 eval_only = False               # evaluate init_from at its stage and stop
 eval_batch_size = 32
 max_new_tokens = 128
-intervene = 'swap'              # what is done to the thoughts in the last evaluation, a list: see probe.py; '' for nothing
+intervene = 'swap'              # what is done to the thoughts in the end, a list: see probe.py; '' for nothing
 compare = ''                    # out_dirs of runs over the same questions, for paired tests with this one
 log_interval = 50               # steps between log lines
 wandb = False                   # log to Weights & Biases as well
 # ----------------------------------------------------------------------------------------------------------------------
 # a resumed run may change these; any other knob would make it another run
-FREE = ('data_dir', 'out_dir', 'init_from', 'device', 'threads', 'num_workers', 'micro_batch_size', 'activation_checkpointing', 'cache_tiles',
-        'max_steps', 'save_every', 'overwrite', 'dry_run', 'eval_only', 'eval_batch_size', 'intervene', 'compare',
-        'log_interval', 'wandb')
+FREE = ('data_dir', 'out_dir', 'init_from', 'device', 'threads', 'num_workers', 'micro_batch_size',
+        'activation_checkpointing', 'cache_tiles', 'max_steps', 'save_every', 'overwrite', 'dry_run', 'eval_only',
+        'eval_batch_size', 'intervene', 'compare', 'log_interval', 'wandb')
 STATE = ('epoch', 'place', 'step', 'stage', 'accuracy', 'best')  # what the loop counts, all of it saved
 SIGNALS = []                                                     # those that asked this process to stop
 
@@ -134,17 +134,6 @@ class Stage(NamedTuple):
 
 # --- schedule ---------------------------------------------------------------------------------------------------------
 
-def rows_for(split, stage, rows=None):
-    """The rows of a split, or these, that fit max_length at this stage; the others are counted."""
-    encoded = Rows(rows or read_split(data_dir, split), split, stage, uniform_prob=uniform_prob, **row_knobs)
-    kept = [row for i, row in enumerate(encoded.rows) if encoded.fits(i)]
-    if len(kept) < len(encoded):
-        print(f'stage {stage}: {len(encoded) - len(kept)} of {len(encoded)} {split} rows need more than max_length={max_length}: dropped')
-    if not kept:
-        raise ValueError(f'no {split} row fits max_length={max_length} at stage {stage}: raise it, or lower max_tiles')
-    return kept
-
-
 def make_schedule():
     """The stages of the run, in order."""
     wanted = [(0, epochs_stage0)] + [(k, epochs_per_stage) for k in range(1, max_latent_stage + 1)]
@@ -156,19 +145,23 @@ def make_schedule():
     stages, first = [], 0
     for stage, epochs in wanted:
         if stage >= start_stage and epochs:
-            rows, validation = rows_for('train', stage), rows_for('validation', stage)
-            steps, peak = math.ceil(len(rows) / batch_size), learning_rate if stage else learning_rate_stage0 or learning_rate
+            rows = fitting_rows('train', stage, uniform_prob=uniform_prob, **row_knobs)
+            validation, steps = fitting_rows('validation', stage, **row_knobs), math.ceil(len(rows) / batch_size)
+            peak = learning_rate if stage else learning_rate_stage0 or learning_rate
             stages.append(Stage(stage, epochs, rows, validation, steps, first, peak))
             first += steps * epochs
     if not stages:
         raise ValueError('the schedule has no epoch: set epochs_stage0 or epochs_per_stage')
-    if has_test():
-        rows_for('test', stages[-1].stage)  # what cannot be asked in the end is said now
+    if os.path.isfile(split_file(data_dir, 'test')):
+        fitting_rows('test', stages[-1].stage, **row_knobs)  # what cannot be asked in the end is said now
     return stages
 
 
 def learning_rate_at(step, now):
-    """Linear warm-up, then a cosine to min_lr_ratio of the peak: over the stage where the optimizer is reset, else over the run."""
+    """
+    Linear warm-up, then a cosine to min_lr_ratio of the peak: over the stage where the optimizer is reset, else over the
+    run.
+    """
     done, total = (step - now.first, now.steps * now.epochs) if reset_optimizer else (step, total_steps)
     if done < warmup_steps:
         return now.peak * (done + 1) / warmup_steps
@@ -176,59 +169,35 @@ def learning_rate_at(step, now):
     return now.peak * (min_lr_ratio + (1 - min_lr_ratio) * cosine)
 
 
-def has_test():
-    return os.path.isfile(os.path.join(data_dir, 'test.jsonl'))
-
-
-def digest(*splits):
-    """Tells whether two runs saw the same rows."""
-    read = lambda split: open(os.path.join(data_dir, f'{split}.jsonl'), 'rb').read()
-    return hashlib.sha256(b''.join(map(read, splits))).hexdigest()
-
-
 def preview(now):
     """One stage as it will be trained and asked."""
     texts = [build_text(row, now.stage, **text_knobs) for row in now.rows]
-    span = lambda numbers: f'{min(numbers)}' if min(numbers) == max(numbers) else f'{min(numbers)} to {max(numbers)}'
+    span = lambda numbers: '{}'.format(*numbers) if len(numbers) == 1 else f'{min(numbers)} to {max(numbers)}'
+    thoughts, words = {n for _, n, _ in texts}, {target.count('\n') - answer.count('\n') for _, _, target in texts}
     rates = [learning_rate_at(s, now) for s in range(now.first, now.first + now.steps * now.epochs)]
-    training = Rows(now.rows, 'train', now.stage, **row_knobs)
-    row, asked = training[0], Rows(now.validation, 'validation', now.stage, supervised=False, **row_knobs)[0]
-    prompt = sum(label == -100 for label in row['labels'])
-    text = lambda ids: re.sub(r'(<[^<>\s]+>)\1+', lambda m: f'{m[1]}*{len(m[0]) // len(m[1])}', tokenizer.decode(ids))
     mixed = f', each row with chance {uniform_prob:g} at an earlier stage' if uniform_prob and now.stage else ''
-    print(f'\nstage {now.stage}: {now.epochs} epochs of {now.steps} steps, {len(now.rows)} rows, {span([t[1] for t in texts])} thoughts, '
-          f'{span([t[2].count(chr(10)) - answer.count(chr(10)) for t in texts])} steps in words, learning rate '
-          f'{rates[0]:.1e} to {max(rates):.1e} to {rates[-1]:.1e}{mixed}')
-    print(f'--- training row {now.rows[0]["question_id"]}, {len(row["input_ids"])} tokens; supervised is what stands in [[ ]]\n'
-          f'{text(row["input_ids"][:prompt])}[[{text(row["input_ids"][prompt:])}]]\n'
-          f'--- prompt of validation row {now.validation[0]["question_id"]}, {len(asked["input_ids"])} tokens\n{text(asked["input_ids"])}', flush=True)
+    row = Rows(now.rows, 'train', now.stage, **row_knobs)[0]
+    asked = Rows(now.validation, 'validation', now.stage, supervised=False, **row_knobs)[0]['input_ids']
+    repeated = re.compile(r'(<[^<>\s]+>)\1+')
+    text = lambda ids: repeated.sub(lambda m: f'{m[1]}*{len(m[0]) // len(m[1])}', tokenizer.decode(ids))
+    ids, start = row['input_ids'], row['labels'].count(-100)
+    print(f'\nstage {now.stage}: {now.epochs} epochs of {now.steps} steps, {len(now.rows)} rows, {span(thoughts)} '
+          f'thoughts, {span(words)} steps in words, learning rate '
+          f'{rates[0]:.1e} to {max(rates):.1e} to {rates[-1]:.1e}{mixed}\n'
+          f'--- training row {now.rows[0]["question_id"]}, {len(ids)} tokens; supervised is what stands in [[ ]]\n'
+          f'{text(ids[:start])}[[{text(ids[start:])}]]\n'
+          f'--- prompt of validation row {now.validation[0]["question_id"]}, {len(asked)} tokens\n{text(asked)}',
+          flush=True)
 
 
-# --- optimization and evaluation --------------------------------------------------------------------------------------
+# --- optimization, and how a run ends ---------------------------------------------------------------------------------
 
 def new_optimizer():
     """AdamW; weight decay on matrices only."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [dict(params=[p for p in trained if p.dim() >= 2]), dict(params=[p for p in trained if p.dim() < 2], weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), eps=adam_eps, weight_decay=weight_decay, fused=True)
-
-
-def supervised(batch):
-    return int((batch['labels'][:, 1:] != -100).sum())
-
-
-def to_device(batch):
-    """The tiles; where a token stands is decided on the host."""
-    tiles = batch['pixel_values']
-    return dict(batch, pixel_values=None if tiles is None else tiles.to(device, non_blocking=True))
-
-
-def all_ranks(value):
-    """What each rank gave, in a list. Numbers of the host stay there: no GPU is waited for."""
-    values = [value] * world
-    if world > 1:
-        dist.all_gather_object(values, value)
-    return values
+    matrices, others = [p for p in trained if p.dim() >= 2], [p for p in trained if p.dim() < 2]
+    return torch.optim.AdamW([dict(params=matrices), dict(params=others, weight_decay=0.0)], lr=learning_rate,
+                             betas=(beta1, beta2), eps=adam_eps, weight_decay=weight_decay, fused=True)
 
 
 def stop(signum, frame):
@@ -239,14 +208,15 @@ def stop(signum, frame):
 
 def leave():
     by = SIGNALS[0] if SIGNALS else signal.SIGTERM  # none where another rank was asked
-    print(f'train.py: stopped by {signal.Signals(by).name} after step {step}, all is saved: go on with --init_from=resume', file=sys.stderr)
+    print(f'train.py: stopped by {signal.Signals(by).name} after step {step}, all is saved: go on with '
+          '--init_from=resume', file=sys.stderr)
     end(128 + by)
 
 
 def end(code=0):
     """
-    Ends the script, and before it the group of ranks: gloo's threads abort a process whose interpreter ends first, and they end with the
-    last reference to the group.
+    Ends the script, and before it the group of ranks: gloo's threads abort a process whose interpreter ends first, and
+    they end with the last reference to the group.
     """
     global network
     network = None
@@ -255,111 +225,7 @@ def end(code=0):
     raise SystemExit(code)
 
 
-@torch.no_grad()
-def evaluate(rows, split, stage, change=None, size=0, most=0, with_loss=False, **text):
-    """
-    Free-running greedy answers: metrics, and what was said to each row. The ranks share the batches.
-
-    change     places of rows in `rows` -> an edit_thought for them (see probe.py)
-    size       rows of a batch; 0 for eval_batch_size
-    most       new tokens of an answer at most; 0 for max_new_tokens
-    with_loss  measure the loss too
-    text       knobs of the text that differ from this run's
-    """
-    model.eval()
-    groups = [group.tolist() for group in np.array_split(np.arange(len(rows)), math.ceil(len(rows) / (size or eval_batch_size)))][rank::world]
-    load = lambda **how: zip(groups, batches(Rows(rows, split, stage, **{**row_knobs, **text, **how}), groups, **loading))
-    merged = lambda found: [value for _, value in sorted(sum(all_ranks(found), []), key=lambda pair: pair[0])]  # each row once, in order
-    said, losses, seconds = [], [], 0.0
-    for group, batch in load(supervised=False):
-        if SIGNALS:
-            leave()  # last.pt was written before the evaluation began
-        batch, hook, began = to_device(batch), edit, time.time()
-        if change is not None:
-            changed = change(group)
-            hook = lambda k, thought: changed(k, thought if edit is None else edit(k, thought))
-        with autocast:
-            said += zip(group, respond(model, tokenizer, batch, [rows[i] for i in group], answer, max_new_tokens=most or max_new_tokens, edit_thought=hook))
-        seconds += time.time() - began  # without the loading of rows
-    said = merged(said)
-    metrics = summarize(said, sum(all_ranks(seconds)))
-    if with_loss and 'accuracy' in metrics:
-        for group, batch in load():
-            n = supervised(batch)
-            with autocast:
-                losses.append((group[0], (model(**to_device(batch), edit_thought=edit).loss.item() * n, n)))
-        total, count = map(sum, zip(*merged(losses)))
-        metrics['loss'] = total / count  # mean cross entropy over the supervised tokens
-    return metrics, said
-
-
-def report(stage):
-    """Evaluates validation and test, writes the answers and A-OKVQA's prediction files; then examines the last of them that has labels."""
-    labelled = None
-    for split in ('validation', 'test') if has_test() else ('validation',):
-        rows = rows_for(split, stage)
-        metrics, said = evaluate(rows, split, stage, with_loss=True)
-        print(f'{split}: {describe(metrics)}', flush=True)
-        log('final', split=split, **metrics)
-        write(f'answers_{split}.json', dict(data=digest(split), answers=said))
-        write(f'predictions_{split}.json', {one['question_id']: {'multiple_choice': one['option']} for one in said})
-        if 'accuracy' in metrics:
-            labelled = split, rows, said
-    if labelled:
-        examine(*labelled, stage)
-
-
-def examine(split, rows, said, stage):
-    """What the answers to a split owe to the thoughts: their time, paired tests with other runs, what the thoughts say, interventions."""
-    for size in (1, min(32, eval_batch_size)):
-        seconds = evaluate(rows[:64], split, stage, size=size)[0]['seconds_per_answer']
-        print(f'{split}: {1000 * seconds:.2f} ms an answer in batches of {size}')
-        log('speed', split=split, batch_size=size, seconds_per_answer=seconds)
-    right = {one['question_id']: one['right'] for one in said}
-    for folder in filter(None, compare.split(',')):
-        path, theirs = os.path.join(folder, f'answers_{split}.json'), {}
-        if os.path.isfile(path):
-            with open(path) as f:
-                theirs = json.load(f)
-        if theirs.get('data') != digest(split):
-            print(f'{split}: {folder} left out, it holds no answers to these rows')
-            continue
-        here, there, p = probe.pair(right, {one['question_id']: one['right'] for one in theirs['answers']})
-        print(f'{split}: of {len(right)} rows {here} are right here alone, {there} in {folder} alone, McNemar p = {p:.2g}')
-        log('compare', split=split, other=folder, here=here, there=there, p=p)
-    counts = torch.tensor([one['thoughts'] for one in said])
-    n = int(counts.max())
-    thoughts = torch.zeros(len(rows), n, config.hidden_size)
-    if n:
-        evaluate(rows, split, stage, probe.record(thoughts), most=1)
-        thoughts = sum(all_ranks(thoughts)) * (torch.arange(n) < counts[:, None])[..., None]
-        table = probe.read(model, tokenizer, thoughts, rows)
-        print(*probe.describe_thoughts(table), sep='\n', flush=True)
-        write(f'thoughts_{split}.json', table)
-        if not rank:
-            probe.draw_thoughts(os.path.join(out_dir, f'thoughts_{split}.png'), model, tokenizer, thoughts, rows, table)
-    for name in probe.expand(intervene, n):
-        change, text, shown = None, {}, rows
-        if name == 'image':
-            shown = probe.with_other_images(rows)
-            shown = shown and rows_for(split, stage, shown)
-        elif name.startswith('early_'):
-            text = dict(c_thought=int(name.removeprefix('early_')), max_latent_stage=1)  # stage k asks for min(k, 1) * c_thought thoughts
-        else:
-            change = probe.replace(name, thoughts)
-        if not (shown if name == 'image' else n):
-            print(f'{split}: {name} left out, these answers have no {"image" if name == "image" else "thoughts"}')
-            continue
-        metrics, changed = evaluate(shown, split, stage, change, **text)
-        now = {one['question_id']: one['right'] for one in changed}
-        clean = sum(right[question] for question in now) / len(now)
-        lost, won, p = probe.pair(right, now)
-        print(f'{split}: {name:<12} accuracy {100 * metrics["accuracy"]:5.1f} %, clean {100 * clean:5.1f} %, {metrics["tokens_per_answer"]:4.1f} tokens; '
-              f'of {len(now)} rows {lost} are right only when clean, {won} only when changed, McNemar p = {p:.2g}', flush=True)
-        log('intervention', split=split, name=name, clean=clean, only_clean=lost, only_changed=won, p=p, **metrics)
-
-
-# --- the run's folder: written by rank 0 alone --------------------------------------------------------------------------
+# --- the run's folder: written by rank 0 alone ------------------------------------------------------------------------
 
 def elapsed():
     """Seconds of this run, those before a resume included."""
@@ -370,9 +236,26 @@ def log(event, **values):
     if rank:
         return
     with open(os.path.join(out_dir, 'metrics.jsonl'), 'a') as f:
-        f.write(json.dumps(dict(event=event, step=step, stage=stage, epoch=epoch, time=round(elapsed(), 2), **values)) + '\n')
+        line = dict(event=event, step=step, stage=stage, epoch=epoch, time=round(elapsed(), 2), **values)
+        f.write(json.dumps(line) + '\n')
     if wandb_run:
-        wandb_run.log({f'{event}/{k}': v for k, v in dict(values, stage=stage, step=step).items() if isinstance(v, (int, float))})
+        numbers = {k: v for k, v in dict(values, stage=stage, step=step).items() if isinstance(v, (int, float))}
+        wandb_run.log({f'{event}/{k}': v for k, v in numbers.items()})
+
+
+def report_step(seconds):
+    """A line for the console and one for metrics.jsonl; `seconds` is the time since the last."""
+    usual = model.language_model.model.embed_tokens.weight.norm(dim=-1).mean()
+    fed = out.thoughts.detach().norm(dim=-1)                                                  # [B, n]
+    v = dict(loss=loss, token_accuracy=hits, lr=lr, grad_norm=norm, memory_gb=peak_memory(device) / 1e9,
+             wait=meter['wait'] / seconds, tokens_per_s=meter['tokens'] / seconds, images_per_s=meter['images'] / seconds,
+             thought_ratio=(fed[fed > 0].mean() / usual).item() if fed.any() else 0.0)
+    eta = int((last_step - step) * elapsed() / step)
+    print(f'step {step:6d}/{last_step} | stage {stage} | loss {loss:7.4f} | acc {100 * hits:5.1f} % | lr {lr:.1e} | '
+          f'grad {norm:6.2f} | thought {v["thought_ratio"]:4.2f} | {v["tokens_per_s"]:6.0f} tok/s | '
+          f'{v["images_per_s"]:6.1f} img/s | wait {100 * v["wait"]:3.0f} % | {v["memory_gb"]:5.2f} GB | '
+          f'ETA {eta // 60:3d}m{eta % 60:02d}s', flush=True)
+    log('train', **v)
 
 
 def write(name, content, mode='w'):
@@ -382,20 +265,17 @@ def write(name, content, mode='w'):
 
 
 def save(name, resumable=True):
-    """A checkpoint of plain types and tensors, on the disk under a temporary name before it takes its own."""
+    """A checkpoint; with all that a resume needs, or only what an evaluation does."""
     if rank:
         return
-    state = dict(model=model.state_dict(), config=asdict(config), tokenizer=tokenizer.backend_tokenizer.to_str(), knobs=knobs,
-                 provenance=provenance, **{k: globals()[k] for k in STATE})
+    state = dict(model=model.state_dict(), config=asdict(config), tokenizer=tokenizer.backend_tokenizer.to_str(),
+                 knobs=knobs, provenance=provenance, **{k: globals()[k] for k in STATE})
     if resumable:  # the workers have no random state: a row's draw depends on seed, epoch and row
         kind, keys, *rest = np.random.get_state()
-        state.update(optimizer=optimizer.state_dict(), elapsed=elapsed(), data=data, log_size=os.path.getsize(os.path.join(out_dir, 'metrics.jsonl')),
+        state.update(optimizer=optimizer.state_dict(), elapsed=elapsed(), data=data,
+                     log_size=os.path.getsize(os.path.join(out_dir, 'metrics.jsonl')),
                      random=[random.getstate(), (kind, keys.tolist(), *rest), torch.get_rng_state()])
-    with replacing(os.path.join(out_dir, name)) as part:
-        with open(part, 'wb') as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
+    write_checkpoint(os.path.join(out_dir, name), state)
 
 
 def load_last():
@@ -407,33 +287,42 @@ def load_last():
         for other in sorted(glob.glob(os.path.join(out_dir, 'epoch_*.pt')), key=os.path.getmtime, reverse=True):
             with suppress(ValueError):
                 reached = read_checkpoint(other)['step']
-                raise OSError(f'{error}; the newest whole one is {other}, after step {reached}: copy it to {path} and resume') from None
+                raise OSError(f'{error}; the newest whole one is {other}, after step {reached}: copy it to {path} and '
+                              'resume') from None
         raise
 
 
 def refuse_changes(saved):
     """Raises ValueError where going on from `saved` would not be the run that it began as."""
     if 'optimizer' not in saved:
-        raise ValueError(f'{out_dir}/last.pt holds no optimizer state: only a last.pt or an epoch_k.pt can be resumed from')
-    changed = [f'{k}={knobs[k]!r} (was {v!r})' for k, v in saved['knobs'].items() if k not in FREE and knobs.get(k, v) != v]
+        raise ValueError(f'{out_dir}/last.pt holds no optimizer state: only a last.pt or an epoch_k.pt can be resumed '
+                         'from')
+    changed = [f'{k}={knobs[k]!r} (was {v!r})' for k, v in saved['knobs'].items()
+               if k not in FREE and knobs.get(k, v) != v]
     changed += [f'data_dir={data_dir!r} (its rows are not those the run began with)'] if saved['data'] != data else []
     if changed:
-        raise ValueError(f'the run in {out_dir} began with other knobs: {", ".join(changed)}; set them back, or choose another --out_dir')
+        raise ValueError(f'the run in {out_dir} began with other knobs: {", ".join(changed)}; set them back, or choose '
+                         'another --out_dir')
 
 
 def start_of_run():
     """How this process was started, and on what."""
-    git = lambda *args: subprocess.run(['git', '-C', os.path.dirname(os.path.abspath(__file__)), *args], capture_output=True, text=True).stdout.strip()
-    commit = git('rev-parse', 'HEAD') + (' with changes' if git('status', '--porcelain', '-uno') else '') if shutil.which('git') else ''
-    packages = {name: importlib.metadata.version(name) for name in ('torch', 'transformers', 'tokenizers', 'timm', 'numpy')}
-    return dict(command=shlex.join(sys.argv), time=time.strftime('%Y-%m-%d %H:%M:%S'), commit=commit, host=platform.node(), ranks=world,
-                device=torch.cuda.get_device_name() if device == 'cuda' else platform.machine(), threads=torch.get_num_threads(),
-                versions=dict(packages, python=platform.python_version()), knobs=knobs)
+    here = os.path.dirname(os.path.abspath(__file__))
+    git = lambda *args: subprocess.run(['git', '-C', here, *args], capture_output=True, text=True).stdout.strip()
+    commit = ''
+    if shutil.which('git'):
+        commit = git('rev-parse', 'HEAD') + (' with changes' if git('status', '--porcelain', '-uno') else '')
+    packages = ('torch', 'transformers', 'tokenizers', 'timm', 'numpy')
+    return dict(command=shlex.join(sys.argv), time=time.strftime('%Y-%m-%d %H:%M:%S'), commit=commit, knobs=knobs,
+                host=platform.node(), ranks=world, threads=torch.get_num_threads(),
+                device=torch.cuda.get_device_name() if device == 'cuda' else platform.machine(),
+                versions={'python': platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}})
 
 
 if __name__ == '__main__':
     # --- setup --------------------------------------------------------------------------------------------------------
-    rank, local_rank, world = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))  # by torchrun
+    torchrun = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1)  # what it sets
+    rank, local_rank, world = (int(os.environ.get(key, alone)) for key, alone in torchrun.items())
     if rank:
         sys.stdout = open(os.devnull, 'w')
     knobs = configure(globals())
@@ -446,21 +335,22 @@ if __name__ == '__main__':
     loading = dict(num_workers=num_workers, pin_memory=device == 'cuda')
     micro = micro_batch_size or batch_size // world
     if micro < 1 or batch_size % (micro * world):
-        raise ValueError(f'batch_size={batch_size} is not a multiple of {micro * world}: {world} rank(s) with micro-batches of {micro}; '
-                         'change one of them')
+        raise ValueError(f'batch_size={batch_size} is not a multiple of {micro * world}: {world} rank(s) with '
+                         f'micro-batches of {micro}; change one of them')
     probe.expand(intervene)
     for folder in filter(None, compare.split(',')):
         if not glob.glob(os.path.join(folder, 'answers_*.json')):
             raise ValueError(f'compare={folder}: no answers_*.json there; give the out_dir of a run that has ended')
     held = glob.glob(os.path.join(out_dir, '*.pt'))
     if held and init_from != 'resume' and not (overwrite or dry_run):
-        raise ValueError(f'{out_dir} holds another run ({os.path.basename(held[0])}): go on with it by --init_from=resume, choose another '
-                         '--out_dir, or let go of it by --overwrite=True')
+        raise ValueError(f'{out_dir} holds another run ({os.path.basename(held[0])}): go on with it by '
+                         '--init_from=resume, choose another --out_dir, or let go of it by --overwrite=True')
     if wandb and not importlib.util.find_spec('wandb'):
         raise ValueError('wandb=True, but wandb is not installed: pip install wandb, or leave it out')
     if device == 'cuda':
         if local_rank >= torch.cuda.device_count():
-            raise ValueError(f'rank {local_rank} has no GPU, this machine has {torch.cuda.device_count()}: lower --nproc_per_node')
+            raise ValueError(f'rank {local_rank} has no GPU, this machine has {torch.cuda.device_count()}: '
+                             'lower --nproc_per_node')
         torch.cuda.set_device(local_rank)
     if world > 1:
         dist.init_process_group('cpu:gloo,cuda:nccl' if device == 'cuda' else 'gloo')
@@ -497,31 +387,36 @@ if __name__ == '__main__':
     meter, provenance, starts, lines, wandb_run = Counter(), start_of_run(), [], b'', None
 
     # --- data and schedule --------------------------------------------------------------------------------------------
-    text_knobs = dict(mode=mode, c_thought=c_thought, max_latent_stage=max_latent_stage, pad_latent_to_max=pad_latent_to_max,
-                      prompt=prompt, answer=answer, template=template, visual_bridge=visual_bridge)
-    row_knobs = dict(tokenizer=tokenizer, data_dir=data_dir, image_size=config.image_size, max_tiles=max_tiles, cache_tiles=cache_tiles,
-                     max_length=max_length, num_image_tokens=config.num_image_tokens, seed=seed, **text_knobs)
+    text_knobs = dict(mode=mode, c_thought=c_thought, max_latent_stage=max_latent_stage, prompt=prompt, answer=answer,
+                      pad_latent_to_max=pad_latent_to_max, template=template, visual_bridge=visual_bridge)
+    row_knobs = dict(tokenizer=tokenizer, data_dir=data_dir, image_size=config.image_size, max_tiles=max_tiles,
+                     cache_tiles=cache_tiles, max_length=max_length, num_image_tokens=config.num_image_tokens,
+                     seed=seed, **text_knobs)
+    evaluation = Evaluation(model, tokenizer, row_knobs, edit, eval_batch_size, max_new_tokens, autocast, loading,
+                            check=lambda: SIGNALS and leave(),  # last.pt was written before the evaluation began
+                            out_dir=out_dir, log=log, write=write, intervene=intervene, compare=compare)
     if eval_only:
         os.makedirs(out_dir, exist_ok=True)
         stage = saved.get('stage', 0)  # a checkpoint that is not ours writes its steps
         for key, value in text_knobs.items():
             if saved.get('knobs', {}).get(key, value) != value:
                 print(f'{key} is {value!r} here, the checkpoint was trained with {saved["knobs"][key]!r}')
-        report(stage)
+        evaluation.report(stage)
         end()
     stages = make_schedule()
-    stage, epochs, total_steps = stages[0].stage, [s for s in stages for _ in range(s.epochs)], sum(s.steps * s.epochs for s in stages)
+    stage, epochs = stages[0].stage, [s for s in stages for _ in range(s.epochs)]
+    total_steps = sum(s.steps for s in epochs)
     last_step = min(total_steps, max_steps or total_steps)
     some = Rows(stages[0].rows[:64], 'train', stage, **row_knobs)
-    print(f'{batch_size} rows a step: {world} rank(s), {batch_size // world // micro} micro-batch(es) of {micro}; about '
-          f'{sum(map(some.length, range(len(some)))) / len(some) * batch_size:.0f} tokens and '
+    print(f'{batch_size} rows a step: {world} rank(s), {batch_size // world // micro} micro-batch(es) of {micro}; '
+          f'about {sum(map(some.length, range(len(some)))) / len(some) * batch_size:.0f} tokens and '
           f'{sum("image" in row for row in some.rows) / len(some) * batch_size:.0f} images\n'
           f'{len(epochs)} epochs, {total_steps} steps; {dtype} on {provenance["device"]}', flush=True)
     if dry_run:
         for now in stages:
             preview(now)
         end()
-    data = digest('train', 'validation')
+    data = digest(data_dir, 'train', 'validation')
     if init_from == 'resume':
         refuse_changes(saved)
         globals().update({k: saved[k] for k in STATE}, before=saved['elapsed'])
@@ -529,18 +424,21 @@ if __name__ == '__main__':
         for restore, state in zip((random.setstate, np.random.set_state, torch.set_rng_state), saved['random']):
             restore(state)
         knobs['init_from'] = saved['knobs']['init_from']
-        lines = open(os.path.join(out_dir, 'metrics.jsonl'), 'rb').read()[:saved['log_size']]  # what came after will be logged again
+        with open(os.path.join(out_dir, 'metrics.jsonl'), 'rb') as f:
+            lines = f.read()[:saved['log_size']]  # what came after will be logged again
         starts = json.load(open(os.path.join(out_dir, 'run.json')))
         print(f'resumed in stage {stage} after {epoch} epochs, {step} steps')
     saved = None
-    for kind in ('*.part',) if init_from == 'resume' else ('*.part', '*.pt', 'metrics_epoch_*', 'predictions_*', 'answers_*', 'thoughts_*', 'curves.png'):
+    earlier = ['*.pt', 'metrics_epoch_*', 'predictions_*', 'answers_*', 'thoughts_*', 'curves.png']
+    for kind in ['*.part'] + (earlier if init_from != 'resume' else []):
         for path in glob.glob(os.path.join(out_dir, kind)) if not rank else ():
             os.remove(path)  # what a killed process was writing; with overwrite, the earlier run
     write('metrics.jsonl', lines, 'wb')
     write('run.json', [*starts, provenance])
     if wandb and not rank:
-        wandb_run = importlib.import_module('wandb').init(project='multicoco', dir=out_dir, group=out_dir.replace('/', '-'), config=knobs)
-    text_only = not all(row.get('image') for now in stages for row in now.rows)  # these leave the vision tower without a gradient
+        wandb_run = importlib.import_module('wandb').init(project='multicoco', dir=out_dir, config=knobs,
+                                                          group=out_dir.replace('/', '-'))
+    text_only = not all(row.get('image') for now in stages for row in now.rows)  # no gradient for the vision tower
     network = model if world == 1 else DistributedDataParallel(model, find_unused_parameters=text_only)
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, stop)
@@ -556,7 +454,7 @@ if __name__ == '__main__':
                 optimizer = new_optimizer()
         order = np.random.default_rng((seed, epoch)).permutation(len(now.rows)).tolist()
         groups = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
-        mine = [group[rank::world] or group[:1] for group in groups]  # a rank without a row takes one that counts nothing
+        mine = [group[rank::world] or group[:1] for group in groups]  # a rank without a row takes one that counts 0
         training = Rows(now.rows, 'train', stage, uniform_prob=uniform_prob, epoch=epoch, **row_knobs)
         model.train()
         meter.clear()
@@ -564,8 +462,9 @@ if __name__ == '__main__':
         for batch in batches(training, mine[place:], **loading):
             meter['wait'] += time.time() - waiting
             parts, busy = micro_batches(batch, micro), rank < len(groups[place])
-            here = [busy * int(n) for n in (supervised(batch), batch['attention_mask'].sum(), (batch['num_tiles'] > 0).sum())]
-            total, tokens, images, signals = map(sum, zip(*all_ranks((*here, len(SIGNALS)))))
+            counts = supervised(batch), int(batch['attention_mask'].sum()), int((batch['num_tiles'] > 0).sum())
+            shared = all_ranks((*(busy * n for n in counts), len(SIGNALS)))
+            total, tokens, images, signals = map(sum, zip(*shared))
             if signals:
                 save('last.pt')
                 leave()
@@ -574,10 +473,10 @@ if __name__ == '__main__':
                 group['lr'] = lr
             loss = hits = 0.0
             for part in parts:
-                share = busy * supervised(part) / total  # so that every supervised token of all micro-batches and ranks counts the same
+                share = busy * supervised(part) / total  # each supervised token of the global batch counts the same
                 with nullcontext() if network is model or part is parts[-1] else network.no_sync():
                     with autocast:
-                        out = network(**to_device(part), edit_thought=edit)
+                        out = network(**part, edit_thought=edit)
                     (out.loss * share * world).backward()  # the wrapper takes the mean over the ranks
                 loss, hits = loss + out.loss.detach() * share, hits + model.hits * busy / total
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
@@ -585,23 +484,15 @@ if __name__ == '__main__':
             loss, hits = map(sum, zip(*all_ranks([loss, hits])))
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 names = ', '.join(str(now.rows[i]['question_id']) for i in groups[place])
-                raise ValueError(f'the loss is {loss} and the gradient norm {norm} in step {step + 1} (stage {stage}, epoch {epoch + 1}), rows '
-                                 f'{names}: {out_dir}/last.pt is from before; lower the learning rate, or look at these rows')
+                raise ValueError(f'the loss is {loss} and the gradient norm {norm} in step {step + 1} (stage {stage}, '
+                                 f'epoch {epoch + 1}), rows {names}: {out_dir}/last.pt is from before; lower the learning '
+                                 'rate, or look at these rows')
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step, place = step + 1, place + 1
             meter.update(tokens=tokens, images=images)
             if step % log_interval == 0 or step == last_step:
-                seconds, table, fed = time.time() - since, model.language_model.model.embed_tokens.weight, out.thoughts.detach().norm(dim=-1)
-                memory = torch.cuda.max_memory_allocated() if device == 'cuda' else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-                v = dict(loss=loss, token_accuracy=hits, lr=lr, grad_norm=norm, memory_gb=memory / 1e9, wait=meter['wait'] / seconds,
-                         tokens_per_s=meter['tokens'] / seconds, images_per_s=meter['images'] / seconds,
-                         thought_ratio=(fed[fed > 0].mean() / table.norm(dim=-1).mean()).item() if fed.any() else 0.0)
-                eta = int((last_step - step) * elapsed() / step)
-                print(f'step {step:6d}/{last_step} | stage {stage} | loss {loss:7.4f} | acc {100 * hits:5.1f} % | lr {lr:.1e} | grad {norm:6.2f} | '
-                      f'thought {v["thought_ratio"]:4.2f} | {v["tokens_per_s"]:6.0f} tok/s | {v["images_per_s"]:6.1f} img/s | '
-                      f'wait {100 * v["wait"]:3.0f} % | {memory / 1e9:5.2f} GB | ETA {eta // 60:3d}m{eta % 60:02d}s', flush=True)
-                log('train', **v)
+                report_step(time.time() - since)
                 meter.clear()
                 since = time.time()
             if step == last_step:
@@ -610,7 +501,7 @@ if __name__ == '__main__':
                 save('last.pt')
             waiting = time.time()
         save('last.pt')  # before the evaluation, so that a kill there costs nothing but it
-        metrics, _ = evaluate(now.validation, 'validation', stage, with_loss=True)
+        metrics, _ = evaluation.ask(now.validation, 'validation', stage, with_loss=True)
         whole, accuracy = place == len(groups), metrics['accuracy']
         if whole:
             epoch, place = epoch + 1, 0
@@ -625,8 +516,7 @@ if __name__ == '__main__':
             save(f'epoch_{epoch}.pt')
             save('last.pt')
         if not rank and (step == last_step or epochs[epoch].stage != stage):
-            with open(os.path.join(out_dir, 'metrics.jsonl')) as f:
-                probe.draw_curves(os.path.join(out_dir, 'curves.png'), [json.loads(line) for line in f])
+            probe.draw_curves(os.path.join(out_dir, 'curves.png'), os.path.join(out_dir, 'metrics.jsonl'))
 
     # --- what came out ------------------------------------------------------------------------------------------------
     if world > 1:
@@ -635,6 +525,6 @@ if __name__ == '__main__':
     model.load_state_dict(saved['model'])
     stage, epoch, step = saved['stage'], saved['epoch'], saved['step']
     print(f'best.pt: stage {stage}, epoch {epoch}')
-    report(stage)
+    evaluation.report(stage)
     print(f'{elapsed() / 60:.1f} minutes')
     end()
