@@ -6,9 +6,8 @@ Speed, memory and FLOPs beside transformers, in one run, on the same random weig
     python bench.py --size=1b --device=cpu         the peak memory of 1B training, simulated with fake tensors
 
 Beside ours stand the paths of reference.py: in training (a) the floor and (b) Coconut's published loop, in generation
-(c) transformers' generate without thoughts and (d) Coconut's published generation.
-Seconds are CPU seconds of all threads, or those of CUDA events; medians of interleaved repeats. Memory is the peak above
-the weights.
+(c) transformers' generate without thoughts and (d) Coconut's published generation. Seconds are CPU seconds of all
+threads, or those of CUDA events; medians of interleaved repeats. Memory is the peak above the weights.
 
 Tried, on the CPU, after a look at the profile. Kept:
     query heads of one key head as queries          0.3 ms; with enable_gqa 0.6, with keys repeated 3.5 (4 rows)
@@ -58,7 +57,8 @@ def make_batch(c, B, thoughts, tiles=(1, 2), supervised=True):
     for b in range(B):
         P, side = tiles[b % len(tiles)], c.image_size
         text = torch.randint(100, 100000, (QUESTION + ANSWER + b % 5,), generator=g).tolist()
-        ids = [*text[:10], *[c.image_token_id] * P * c.num_image_tokens, *text[10:-ANSWER], *[c.latent_token_id] * thoughts]
+        visual, latent = [c.image_token_id] * P * c.num_image_tokens, [c.latent_token_id] * thoughts
+        ids = text[:10] + visual + text[10:-ANSWER] + latent
         labels = [-100] * len(ids) + text[-ANSWER:]
         pixels = torch.randint(0, 256, (P, 3, side, side), generator=g, dtype=torch.uint8)
         made.append(dict(input_ids=ids + text[-ANSWER:] if supervised else ids, labels=labels if supervised else None,
@@ -229,7 +229,7 @@ def simulated_memory():
         with FakeTensorMode(allow_non_fake_inputs=True) as fake:
             ours = ours.to_empty(device='cpu')
             ours.set_activation_checkpointing()
-            for module in ours.vision_model.modules() if frozen else ():  # the tracker wants a gradient of each parameter
+            for module in ours.vision_model.modules() if frozen else ():  # the tracker wants gradients of parameters
                 for name, p in list(module.named_parameters(recurse=False)):
                     delattr(module, name)
                     module.register_buffer(name, p.detach())

@@ -1,9 +1,10 @@
 """
-Checkpoints: InternVL's files and tokenizer, in OpenGVLab's layout and transformers' (-hf), and the .pt that train.py writes.
+Checkpoints: InternVL's files and tokenizer, in OpenGVLab's layout and transformers' (-hf), and the .pt that train.py
+writes.
 
 Nothing here knows the model: read_pretrained gives the fields of its Config and weights under our names, load_weights
-fills a module with them. Import is total both ways: a tensor that no row of KEYS names, or a parameter that none fills, is
-an error. Hub code is never run, and no pickle is unpacked (`weights_only=True`).
+fills a module with them. Import is total both ways: a tensor that no row of KEYS names, or a parameter that none
+fills, is an error. Hub code is never run, and no pickle is unpacked (`weights_only=True`).
 """
 import contextlib
 import errno
@@ -17,7 +18,7 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 IMG, END_IMG, IMG_CONTEXT = '<img>', '</img>', '<IMG_CONTEXT>'
 START_LATENT, LATENT, END_LATENT = '<|start-latent|>', '<|latent|>', '<|end-latent|>'
@@ -52,6 +53,19 @@ def add_special_tokens(tokenizer):
         assert ids.count(own) == 1, f'{token} is not a token of its own: it became {ids}'
         assert own != tokenizer.unk_token_id, f'{token} is the unknown token'
     return tokenizer
+
+
+def train_tokenizer(texts, folder, vocab_size=512):
+    """A byte-level BPE tokenizer with InternVL's and Coconut's special tokens, saved in transformers' format."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+        special_tokens=['<|endoftext|>', '<|im_start|>', '<|im_end|>', *SPECIAL_TOKENS]))
+    wrapped = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token='<|im_end|>', pad_token='<|endoftext|>')
+    wrapped.save_pretrained(folder)
 
 
 # --- InternVL's files -------------------------------------------------------------------------------------------------
@@ -167,7 +181,8 @@ def with_mean_rows(matrix, known, rows):
 
 def config_fields(c, shapes, tokenizer, source):
     """
-    A checkpoint's config.json as the fields of our Config. Some copies carry a wrong llm_config beside a right text_config.
+    A checkpoint's config.json as the fields of our Config. Some copies carry a wrong llm_config beside a right
+    text_config.
     """
     embedding = shapes.get(EMBEDDING, 'missing')
     candidates = [c[key] for key in ('llm_config', 'text_config') if c.get(key)]
@@ -186,8 +201,8 @@ def config_fields(c, shapes, tokenizer, source):
                 v.get('qk_normalization') or v.get('use_qk_norm') or v.get('norm_type') == 'rms_norm',
             'its vision tower has no bias on q, k, v': not v.get('qkv_bias', v.get('attention_bias')),
             f'its rope is {scaling}': scaling not in ('default', 'dynamic'),
-            'it reads an inner layer of the vision tower': c.get('select_layer', c.get('vision_feature_layer', -1)) != -1
-    }.items():
+            'it reads an inner layer of the vision tower':
+                c.get('select_layer', c.get('vision_feature_layer', -1)) != -1}.items():
         if holds:
             raise ValueError(f'{source} is not supported: {reason}; InternVL2.5/3 1B, 2B, 8B, 14B and InternVL3.5 with '
                              'Qwen are')
@@ -211,8 +226,8 @@ def config_fields(c, shapes, tokenizer, source):
 def read_pretrained(name_or_path, dtype):
     """
     InternVL from a hub id or a local folder: (fields of Config, weights under our names, how many tensors in how many
-    files). The rows of tokens that `load_tokenizer` adds are the mean of the rows that were there. Memory peaks near the
-    size of the weights.
+    files). The rows of tokens that `load_tokenizer` adds are the mean of the rows that were there. Memory peaks near
+    the size of the weights.
     """
     folder = fetch(name_or_path)
     files, shapes = weight_files(folder)

@@ -26,8 +26,8 @@ from prepare import Rows, batches, digest, extract_choice, fill, fitting_rows, s
 def respond(model, tokenizer, batch, rows, answer, **generation):
     """
     Free-running answers to a batch: for each row a dict of text, tokens, thoughts and option, that is the text or the
-    option that it names; with choices also choice, its number, and parsed, whether it could be read; with a known answer
-    also right.
+    option that it names; with choices also choice, its number, and parsed, whether it could be read; with a known
+    answer also right.
     """
     new, said = model.generate(**batch, **generation), []
     tokens = (new != model.config.pad_token_id).sum(1).tolist()
@@ -82,7 +82,9 @@ def all_ranks(value):
 
 @dataclass
 class Evaluation:
-    """Asks a model the rows of prepared splits. What stays the same from one question to the next is given once, here."""
+    """
+    Asks a model the rows of prepared splits. What stays the same from one question to the next is given once, here.
+    """
     model: torch.nn.Module
     tokenizer: object
     row_knobs: dict                        # of prepare.Rows

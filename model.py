@@ -14,7 +14,8 @@ Where we leave the sources, and why:
   number of thoughts may stand anywhere, and one thought costs one token's pass for the whole batch.
 - The image is encoded once. It stays in the keys and values, so nothing is fused again when a thought is fed back.
 - Thoughts are never detached: the gradient of the answer reaches thought 1.
-- A count of <IMG_CONTEXT> that does not fit the tiles is an error; OpenGVLab truncates the features and zeroes the loss.
+- A count of <IMG_CONTEXT> that does not fit the tiles is an error; OpenGVLab truncates the features and zeroes the
+  loss.
 - RoPE is plain: InternVL3's 'dynamic' scaling equals it up to max_position_embeddings; longer inputs are refused.
 """
 import math
@@ -102,8 +103,8 @@ class Block(nn.Module):
 
     def forward(self, x, cos, sin, mask, extend, filled=None):
         """
-        x [B, L, D]; extend: this pass's keys and values -> all so far; filled: see `decode`. Gives x and this pass's keys and
-        values.
+        x [B, L, D]; extend: this pass's keys and values -> all so far; filled: see `decode`. Gives x and this pass's
+        keys and values.
         """
         y, k, v = self.self_attn(self.input_layernorm(x), cos, sin, mask, extend)
         x = x + y
@@ -165,16 +166,17 @@ class Layout(NamedTuple):
 
 def lay_out(input_ids, attention_mask, config, labels=None, device=None):
     """
-    Cuts every row at its own thoughts and gives each token a slot, chunk behind chunk, so that chunk k of all rows is one
-    range of columns. Chunk 0 is a row up to its first thought, chunk k runs from thought k to just before thought k + 1:
+    Cuts every row at its own thoughts and gives each token a slot, chunk behind chunk, so that chunk k of all rows is
+    one range of columns. Chunk 0 is a row up to its first thought, chunk k runs from thought k to just before thought
+    k + 1:
 
         row 0:  p p p p p p | t1 | t2 a a a            p prompt or visual token
         row 1:  p p p       | t1 | t2 | t3 a a         t thought    a answer token
         chunk:  0             1    2    3
         slots:  0 1 2 3 4 5   6    7 8 9 10  11 12 13  (row 1: 6 7 8 are empty behind its p's 0 1 2 ...)
 
-    Done on the host, where the lengths are needed anyway: all that depends on values is asked here, once. Inputs that are
-    still on the host spare the wait for the device.
+    Done on the host, where the lengths are needed anyway: all that depends on values is asked here, once. Inputs that
+    are still on the host spare the wait for the device.
     """
     ids, device = input_ids.cpu(), device or input_ids.device
     B, T = ids.shape
@@ -280,7 +282,7 @@ class MultiCoCo(nn.Module):
         c = self.config = config
         self.activation_checkpointing = False
         self.checkpoint = {}  # what else the .pt held that the weights came from
-        self.hits = None      # how many supervised tokens of the latest labelled batch it would have written, for the log
+        self.hits = None      # for the log: supervised tokens of the latest labelled batch that it would have written
         self.vision_model = timm.models.VisionTransformer(
             img_size=c.image_size, patch_size=c.patch_size, embed_dim=c.vision_hidden_size, depth=c.vision_num_layers,
             num_heads=c.vision_num_heads, mlp_ratio=c.vision_intermediate_size / c.vision_hidden_size, init_values=1.0,
@@ -294,9 +296,9 @@ class MultiCoCo(nn.Module):
     @classmethod
     def from_pretrained(cls, name_or_path, dtype=torch.float32):
         """
-        InternVL from a hub id or a local folder: OpenGVLab's layout or the -hf one, one file or sharded, safetensors only.
-        The rows of tokens that `load_tokenizer` adds are the mean of the rows that were there. Raises OSError or ValueError
-        in one sentence.
+        InternVL from a hub id or a local folder: OpenGVLab's layout or the -hf one, one file or sharded, safetensors
+        only. The rows of tokens that `load_tokenizer` adds are the mean of the rows that were there. Raises OSError
+        or ValueError in one sentence.
         """
         fields, weights, found = read_pretrained(name_or_path, dtype)
         with torch.device('meta'):
@@ -369,8 +371,8 @@ class MultiCoCo(nn.Module):
         tiles = [count // N for count in counts] if num_tiles is None else num_tiles.tolist()
         for b, (count, have) in enumerate(zip(counts, tiles)):
             if count != have * N:
-                raise ValueError(f'row {b} holds {count} {IMG_CONTEXT} tokens, but its {have} tiles give {have * N} visual '
-                                 f'tokens ({N} a tile): encode text and tiles together')
+                raise ValueError(f'row {b} holds {count} {IMG_CONTEXT} tokens, but its {have} tiles give {have * N} '
+                                 f'visual tokens ({N} a tile): encode text and tiles together')
         if sum(tiles) != P:
             b = next((b for b in range(len(tiles)) if sum(tiles[:b + 1]) > P), len(tiles) - 1)
             raise ValueError(f'row {b} ends {sum(tiles[:b + 1])} tiles into the batch by its {counts[b]} {IMG_CONTEXT} '
@@ -448,9 +450,10 @@ class MultiCoCo(nn.Module):
     def generate(self, input_ids, pixel_values=None, attention_mask=None, max_new_tokens=64, temperature=0.0, top_p=1.0,
                  num_tiles=None, image_flags=None, edit_thought=None, generator=None):
         """
-        New tokens int64 [B, <= max_new_tokens], each row up to and with its end token, then padding. Greedy at temperature
-        0. Thoughts of the prompt run through the same loop as in training. A <|latent|> that the model writes itself is fed
-        the last hidden state too (edit_thought then gets k = n + its place among the new tokens, from 1).
+        New tokens int64 [B, <= max_new_tokens], each row up to and with its end token, then padding. Greedy at
+        temperature 0. Thoughts of the prompt run through the same loop as in training. A <|latent|> that the model
+        writes itself is fed the last hidden state too (edit_thought then gets k = n + its place among the new tokens,
+        from 1).
         """
         if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
             raise ValueError(f'temperature={temperature}, top_p={top_p}, max_new_tokens={max_new_tokens}: '

@@ -1,15 +1,18 @@
 """
-From a data set to a batch. As a command it prepares a folder; as a module it turns a row of that folder into model inputs.
+From a data set to a batch. As a command it prepares a folder; as a module it turns a row of that folder into model
+inputs.
 
     python prepare.py                                                  A-OKVQA from the hub
     python prepare.py --dataset=FOLDER --data_dir=data/mine            parquet files in A-OKVQA's schema
     python prepare.py config/toy.py                                    the built-in data set, drawn here
     python prepare.py --dataset=prosqa_train.json --data_dir=data/prosqa --init_from=scratch     Coconut's own files
 
-A prepared folder holds {split}.jsonl, images/{split}/, cache/tiles/{split}/ and, with init_from='scratch', tokenizer/. A row has the
-fields of Coconut's files, question, steps, answer, and where there are, image, choices, correct_choice_idx, question_id.
-Sources: Coconut's public data code, A-OKVQA's, InternVL's dynamic tiling as transformers' GotOcr2ImageProcessorPil does it.
+A prepared folder holds {split}.jsonl, images/{split}/, cache/tiles/{split}/ and, with init_from='scratch',
+tokenizer/. A row has the fields of Coconut's files, question, steps, answer, and where there are, image, choices,
+correct_choice_idx, question_id. Sources: Coconut's public data code, A-OKVQA's, InternVL's dynamic tiling as
+transformers' GotOcr2ImageProcessorPil does it.
 """
+import glob
 import hashlib
 import io
 import json
@@ -18,18 +21,18 @@ import random
 import re
 import shutil
 import signal
-from collections import Counter
+from collections import Counter, defaultdict
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from checkpoint import END_IMG, END_LATENT, IMG, IMG_CONTEXT, LATENT, SPECIAL_TOKENS, START_LATENT, fetch, replacing
+from checkpoint import END_IMG, END_LATENT, IMG, IMG_CONTEXT, LATENT, START_LATENT, fetch, replacing, train_tokenizer
 from configurator import configure
 
 # --- knobs of the command ---------------------------------------------------------------------------------------------
-dataset = 'HuggingFaceM4/A-OKVQA'  # hub id, folder of parquet files, JSON file in Coconut's format, 'toy' or 'prosqa' to draw one
+dataset = 'HuggingFaceM4/A-OKVQA'  # hub id, folder of parquet files, Coconut's JSON file, 'toy' or 'prosqa' to draw one
 data_dir = 'data/aokvqa'           # the prepared folder
 init_from = 'OpenGVLab/InternVL3-1B-Pretrained'  # the checkpoint to train; 'scratch' trains a tokenizer on the data
 steps_from = 'first'               # 'first': the first rationale, cut into steps; 'all': each rationale is a step
@@ -57,7 +60,9 @@ SEEING = re.compile(r'\b(see|sees|seen|look|looks|looking|visible|image|picture|
 
 
 def fill(template, row):
-    """A prompt or answer template with the row's fields. Without an image or choices, what speaks of them is left out."""
+    """
+    A prompt or answer template with the row's fields. Without an image or choices, what speaks of them is left out.
+    """
     choices = row.get('choices') or []
     if not choices:
         template = '\n\n'.join(part for part in template.split('\n\n') if '{choices}' not in part)
@@ -75,15 +80,15 @@ def fill(template, row):
     return text if row.get('image') else text.replace('<image>\n', '').replace('<image>', '')
 
 
-def build_text(row, stage, mode='coconut', c_thought=2, max_latent_stage=4, pad_latent_to_max=True, prompt=PROMPT, answer=ANSWER,
-               template='plain', visual_bridge=False):
+def build_text(row, stage, mode='coconut', c_thought=2, max_latent_stage=4, pad_latent_to_max=True, prompt=PROMPT,
+               answer=ANSWER, template='plain', visual_bridge=False):
     """
-    One row at one stage: (prompt, number of thoughts, target). Stage k hides the first k steps behind k * c_thought thoughts
-    (fewer where a row has fewer steps, unless pad_latent_to_max); a stage beyond max_latent_stage hides all steps.
-    Stage 0 has no thoughts and no markers. Training, evaluation and sample.py all come through here.
+    One row at one stage: (prompt, number of thoughts, target). Stage k hides the first k steps behind k * c_thought
+    thoughts (fewer where a row has fewer steps, unless pad_latent_to_max); a stage beyond max_latent_stage hides all
+    steps. Stage 0 has no thoughts and no markers. Training, evaluation and sample.py all come through here.
     """
     if mode not in MODES or template not in ('plain', 'chatml'):
-        raise ValueError(f'mode={mode!r}, template={template!r}: expected a mode of {", ".join(MODES)} and plain or chatml')
+        raise ValueError(f'mode={mode!r}, template={template!r}: expected one of {", ".join(MODES)}; plain or chatml')
     stage, steps = 0 if mode == 'cot' else stage, row.get('steps')
     hidden = len(steps or ()) if mode == 'no_cot' or stage > max_latent_stage else stage
     thoughts = 0 if mode in ('no_cot', 'no_thoughts') else min(stage, max_latent_stage)
@@ -99,7 +104,8 @@ def build_text(row, stage, mode='coconut', c_thought=2, max_latent_stage=4, pad_
             lines[0] = 'From what I can see, ' + lines[0]
     text = fill(prompt, row)
     if template == 'chatml':
-        text = f'<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{text.rstrip()}<|im_end|>\n<|im_start|>assistant\n'
+        turns = f'<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{text.rstrip()}<|im_end|>\n'
+        text = turns + '<|im_start|>assistant\n'
     target = '\n'.join([*lines, fill(answer, row)]) if 'answer' in row else None
     return text + bridge, thoughts * c_thought, target
 
@@ -121,7 +127,7 @@ def encode(row, tokenizer, stage, tiles=None, supervised=True, max_length=2560, 
     image_token, latent = tokenizer.convert_tokens_to_ids([IMG_CONTEXT, LATENT])
     if ids.count(image_token) != visual:
         raise ValueError(f'row {name} holds {ids.count(image_token)} {IMG_CONTEXT} tokens, but its '
-                         f'{0 if tiles is None else len(tiles)} tiles give {visual}: the prompt needs one <image> for one image')
+                         f'{visual // num_image_tokens} tiles give {visual}: the prompt needs one <image> an image')
     if ids.count(latent):
         raise ValueError(f'row {name} holds {LATENT} in its own text: remove it from the question and choices')
     if thoughts:
@@ -134,17 +140,19 @@ def encode(row, tokenizer, stage, tiles=None, supervised=True, max_length=2560, 
         goal = [*tokenizer.encode(target, add_special_tokens=False), tokenizer.eos_token_id]
         ids, labels = ids + goal, [-100] * len(ids) + goal
     if len(ids) > max_length:
-        raise ValueError(f'row {name} needs {len(ids)} tokens ({visual} visual, {thoughts} thoughts), max_length is {max_length}')
+        raise ValueError(f'row {name} needs {len(ids)} tokens ({visual} visual, {thoughts} thoughts), max_length is '
+                         f'{max_length}')
     return dict(input_ids=ids, labels=labels, pixel_values=tiles)
 
 
 def collate(rows):
     """What `encode` gave, as the keyword arguments of the model's forward; padded on the right."""
-    T = max(len(r['input_ids']) for r in rows)
+    lengths = torch.tensor([len(r['input_ids']) for r in rows])
+    T = int(lengths.max())
     pad = lambda key, value: torch.tensor([r[key] + [value] * (T - len(r[key])) for r in rows])
     tiles = [r['pixel_values'] for r in rows if r['pixel_values'] is not None]
     batch = dict(input_ids=pad('input_ids', 0), pixel_values=torch.cat(tiles) if tiles else None,
-                 attention_mask=torch.tensor([[1] * len(r['input_ids']) + [0] * (T - len(r['input_ids'])) for r in rows]),
+                 attention_mask=(torch.arange(T) < lengths[:, None]).long(),
                  num_tiles=torch.tensor([0 if r['pixel_values'] is None else len(r['pixel_values']) for r in rows]))
     if rows[0]['labels'] is not None:
         batch['labels'] = pad('labels', -100)
@@ -168,9 +176,13 @@ def micro_batches(batch, rows):
 
 
 def batches(rows, groups, num_workers=0, pin_memory=False):
-    """Batches of `rows`, a data set, in host memory; `groups` is a list of lists of row numbers: workers decide nothing but time."""
-    loader = torch.utils.data.DataLoader(rows, batch_sampler=groups, collate_fn=collate, num_workers=num_workers, pin_memory=pin_memory,
-                                         generator=torch.Generator(), worker_init_fn=leave_signals_to_the_parent)
+    """
+    Batches of `rows`, a data set, in host memory; `groups` is a list of lists of row numbers: workers decide nothing
+    but time.
+    """
+    loader = torch.utils.data.DataLoader(
+        rows, batch_sampler=groups, collate_fn=collate, num_workers=num_workers, pin_memory=pin_memory,
+        generator=torch.Generator(), worker_init_fn=leave_signals_to_the_parent)
     try:
         yield from loader
     except (ValueError, OSError) as error:  # a worker's error holds its traceback: the last line says it
@@ -179,32 +191,33 @@ def batches(rows, groups, num_workers=0, pin_memory=False):
 
 def leave_signals_to_the_parent(worker):
     """Ctrl-C, or a cluster, signals every process; the parent needs its workers until it has saved."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def extract_choice(text, choices):
     """
-    (index of the chosen option, whether it could be read): the letter after 'answer is' or 'Answer:', else a letter that ends the
-    text, else the option named last, else (0, False).
+    (index of the chosen option, whether it could be read): the letter after 'answer is' or 'Answer:', else a letter
+    that ends the text, else the option named last, else (0, False).
     """
     letters = LETTERS[:len(choices)]
     for pattern in (rf'(?i:answer is|answer:)\W*([{letters}])\b', rf'(?:^|\s)\(?([{letters}])[).]*\s*$'):
         if found := re.findall(pattern, text):
             return letters.index(found[-1]), True
-    last = [max((m.end() for m in re.finditer(rf'(?<!\w){re.escape(c)}(?!\w)', text, re.I)), default=-1) for c in choices]
+    ends = lambda c: (m.end() for m in re.finditer(rf'(?<!\w){re.escape(c)}(?!\w)', text, re.I))
+    last = [max(ends(c), default=-1) for c in choices]
     best = max(range(len(choices)), key=lambda i: (last[i], len(choices[i])))
     return (best, True) if last[best] >= 0 else (0, False)
 
 
 class Rows(torch.utils.data.Dataset):
     """
-    A prepared split at one stage, encoded row by row. Which row is drawn to which earlier stage depends on seed, epoch and row
-    alone, not on workers or order.
+    A prepared split at one stage, encoded row by row. Which row is drawn to which earlier stage depends on seed,
+    epoch and row alone, not on workers or order.
     """
 
-    def __init__(self, rows, split, stage, tokenizer, data_dir='.', image_size=448, max_tiles=8, cache_tiles=True, max_length=2560,
-                 num_image_tokens=256, supervised=True, uniform_prob=0.0, seed=0, epoch=0, **text):
+    def __init__(self, rows, split, stage, tokenizer, data_dir='.', image_size=448, max_tiles=8, cache_tiles=True,
+                 max_length=2560, num_image_tokens=256, supervised=True, uniform_prob=0.0, seed=0, epoch=0, **text):
         self.rows, self.stage, self.tokenizer, self.text = rows, stage, tokenizer, text
         self.tiles = dict(folder=data_dir, split=split, size=image_size, max_tiles=max_tiles, cache=cache_tiles)
         self.shape = dict(max_length=max_length, num_image_tokens=num_image_tokens, supervised=supervised)
@@ -219,20 +232,28 @@ class Rows(torch.utils.data.Dataset):
         return draw.randrange(self.stage) if mixed else self.stage
 
     def __getitem__(self, i):
-        return encode(self.rows[i], self.tokenizer, self.stage_of(i), load_tiles(self.rows[i], **self.tiles), **self.shape, **self.text)
+        tiles = load_tiles(self.rows[i], **self.tiles)
+        return encode(self.rows[i], self.tokenizer, self.stage_of(i), tiles, **self.shape, **self.text)
 
     def length(self, i, stage=None, count=None):
         """Tokens of row i at a stage, without a look at its image; `count` counts those of a text."""
         row, count = self.rows[i], count or (lambda text: len(self.tokenizer.encode(text, add_special_tokens=False)))
-        tiles = count_tiles(*row['image_size'], self.tiles['size'], max_tiles=self.tiles['max_tiles']) if row.get('image') else 0
         prompt, thoughts, target = build_text(row, self.stage if stage is None else stage, **self.text)
-        visual = tiles * self.shape['num_image_tokens'] + 2 * bool(row.get('image'))
-        return visual + count(prompt.replace('<image>', '')) + (thoughts + 2) * bool(thoughts) + count(target or '') + 1  # the end token
+        visual = 0
+        if row.get('image'):
+            tiles = count_tiles(*row['image_size'], self.tiles['size'], max_tiles=self.tiles['max_tiles'])
+            visual = tiles * self.shape['num_image_tokens'] + 2
+        markers, end = 2 * bool(thoughts), 1
+        return visual + count(prompt.replace('<image>', '')) + thoughts + markers + count(target or '') + end
 
     def fits(self, i):
-        """Whether row i fits max_length at each stage it may be drawn to. A token has a byte at least, so few rows are tokenized."""
+        """
+        Whether row i fits max_length at each stage it may be drawn to. A token has a byte at least, so few rows are
+        tokenized.
+        """
         most, stages = self.shape['max_length'], range(self.stage + 1) if self.uniform_prob else [self.stage]
-        return all(self.length(i, s, lambda text: len(text.encode())) <= most or self.length(i, s) <= most for s in stages)
+        in_bytes = lambda text: len(text.encode())
+        return all(self.length(i, s, in_bytes) <= most or self.length(i, s) <= most for s in stages)
 
 
 # --- images -----------------------------------------------------------------------------------------------------------
@@ -240,7 +261,9 @@ TILING_VERSION = 1  # part of the cache's hash: raise it when tile_image gives o
 
 
 def load_image(file):
-    """RGB image from a path or bytes, upright, 16-bit greys scaled to 8. ValueError in one sentence where it is none."""
+    """
+    RGB image from a path or bytes, upright, 16-bit greys scaled to 8. ValueError in one sentence where it is none.
+    """
     name = file if isinstance(file, str) else 'image'
     if isinstance(file, str) and not os.path.isfile(file):
         raise FileNotFoundError(f'no image file {file}')
@@ -249,16 +272,21 @@ def load_image(file):
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith('I') or image.mode == 'F':  # convert('RGB') would clip these at 255
             grey = np.asarray(image, dtype=np.float64)
-            image = Image.fromarray((grey / max(grey.max(), 65535 if image.mode != 'F' else 255) * 255).clip(0, 255).astype(np.uint8))
+            white = max(grey.max(), 255 if image.mode == 'F' else 65535)
+            image = Image.fromarray((grey / white * 255).clip(0, 255).astype(np.uint8))
         return image.convert('RGB')
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises on broken files
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's, on broken files
         raise ValueError(f'{name} cannot be read as an image: {error}') from None
 
 
 def tile_grid(width, height, size=448, min_tiles=1, max_tiles=8):
-    """(columns, rows) of tiles for an image: the grid of the nearest aspect ratio; on a tie the larger one, if it is filled half."""
-    grids = sorted(((i, j) for i in range(1, max_tiles + 1) for j in range(1, max_tiles + 1) if min_tiles <= i * j <= max_tiles),
-                   key=lambda g: g[0] * g[1])
+    """
+    (columns, rows) of tiles for an image: the grid of the nearest aspect ratio; on a tie the larger one, if it is
+    filled half.
+    """
+    sides = range(1, max_tiles + 1)
+    grids = [(i, j) for i in sides for j in sides if min_tiles <= i * j <= max_tiles]
+    grids.sort(key=lambda g: g[0] * g[1])
     best, least = (1, 1), float('inf')
     for i, j in grids:
         difference = abs(width / height - i / j)
@@ -273,7 +301,9 @@ def count_tiles(width, height, size=448, min_tiles=1, max_tiles=8, thumbnail=Tru
 
 
 def tile_image(image, size=448, min_tiles=1, max_tiles=8, thumbnail=True):
-    """PIL image to uint8 [P, 3, size, size]: the grid's tiles row by row and, if there are several, a thumbnail last."""
+    """
+    PIL image to uint8 [P, 3, size, size]: the grid's tiles row by row and, if there are several, a thumbnail last.
+    """
     i, j = tile_grid(*image.size, size, min_tiles, max_tiles)
     image = image.convert('RGB')
     whole = image.resize((size * i, size * j), Image.Resampling.BICUBIC)
@@ -284,7 +314,10 @@ def tile_image(image, size=448, min_tiles=1, max_tiles=8, thumbnail=True):
 
 
 def load_tiles(row, folder, split, size=448, max_tiles=8, cache=True):
-    """A prepared row's tiles, from the cache or from its image (and then into the cache); None for a row without an image."""
+    """
+    A prepared row's tiles, from the cache or from its image (and then into the cache); None for a row without an
+    image.
+    """
     if not row.get('image'):
         return None
     key = repr((size, 1, max_tiles, True, TILING_VERSION, row['image_hash']))
@@ -321,7 +354,8 @@ def fitting_rows(split, stage, rows=None, **knobs):
     encoded = Rows(read_split(knobs['data_dir'], split) if rows is None else rows, split, stage, **knobs)
     kept, limit = [row for i, row in enumerate(encoded.rows) if encoded.fits(i)], f'max_length={knobs["max_length"]}'
     if len(kept) < len(encoded):
-        print(f'stage {stage}: {len(encoded) - len(kept)} of {len(encoded)} {split} rows need more than {limit}: dropped')
+        print(f'stage {stage}: {len(encoded) - len(kept)} of {len(encoded)} {split} rows need more than {limit}: '
+              'dropped')
     if not kept:
         raise ValueError(f'no {split} row fits {limit} at stage {stage}: raise it, or lower max_tiles')
     return kept
@@ -346,7 +380,8 @@ def build_row(raw, split, steps_from='first', max_latent_stage=4):
     """A raw row to (prepared row, None), or to (None, the reason it is dropped)."""
     row = dict(question_id=str(raw.get('question_id', raw.get('idx', ''))), question=raw['question'].strip())
     if 'choices' not in raw:  # Coconut's format
-        return dict(row, **{key: list(raw[key]) for key in ('steps', 'results') if key in raw}, answer=raw['answer'].strip()), None
+        row.update({key: list(raw[key]) for key in ('steps', 'results') if key in raw}, answer=raw['answer'].strip())
+        return row, None
     row['choices'], right = [str(c).strip() for c in raw['choices']], raw['correct_choice_idx']
     if len(row['choices']) != 4:
         return None, 'without exactly four options'
@@ -367,7 +402,8 @@ def read_raw(dataset, data_dir):
     if dataset.endswith('.json'):
         splits = {'train': dataset}
         for split, word in (('validation', 'valid'), ('test', 'test')):
-            other = os.path.join(os.path.dirname(dataset), os.path.basename(dataset).replace('train', word))
+            folder, name = os.path.split(dataset)
+            other = os.path.join(folder, name.replace('train', word))
             if other != dataset and os.path.isfile(other):
                 splits[split] = other
         rows = {split: read_coconut(path) for split, path in splits.items()}
@@ -379,7 +415,7 @@ def read_raw(dataset, data_dir):
     import datasets
     datasets.disable_progress_bars()
     if os.path.isdir(dataset):
-        found = sorted(os.path.join(top, f) for top, _, names in os.walk(dataset) for f in names if f.endswith('.parquet'))
+        found = sorted(glob.glob(os.path.join(glob.escape(dataset), '**', '*.parquet'), recursive=True))
         files = {s: [f for f in found if s in os.path.basename(f)] for s in ('train', 'validation', 'test')}
         files = {s: f for s, f in files.items() if f}
         if not files:
@@ -389,9 +425,11 @@ def read_raw(dataset, data_dir):
         try:
             loaded = datasets.load_dataset(dataset)
         except Exception as error:  # the hub's client raises many kinds; each means the data set cannot be had
-            raise OSError(f'the data set {dataset} could not be had ({type(error).__name__}): give a local folder of its parquet '
-                          'files with --dataset=FOLDER, or draw the built-in one with config/toy.py') from None
-    lacking = {'image', 'question', 'choices', 'correct_choice_idx', 'rationales'} - set(next(iter(loaded.values())).column_names)
+            raise OSError(f'the data set {dataset} could not be had ({type(error).__name__}): give a local folder of '
+                          'its parquet files with --dataset=FOLDER, or draw the built-in one with config/toy.py'
+                          ) from None
+    columns = next(iter(loaded.values())).column_names
+    lacking = {'image', 'question', 'choices', 'correct_choice_idx', 'rationales'} - set(columns)
     if lacking:
         raise ValueError(f'{dataset} lacks the columns {", ".join(sorted(lacking))} of A-OKVQA\'s schema')
     return {split: loaded[split].cast_column('image', datasets.Image(decode=False)) for split in loaded}
@@ -405,31 +443,17 @@ def read_coconut(path):
     except FileNotFoundError:
         raise FileNotFoundError(f'no data file {path}') from None
     except (AssertionError, AttributeError, json.JSONDecodeError) as error:
-        raise ValueError(f'{path} is not a JSON list of rows with question, steps and answer {error}'.rstrip()) from None
+        raise ValueError(f'{path} is not a JSON list of rows with question, steps and answer {error}'.strip()) from None
     return [dict(row, question_id=str(i)) for i, row in enumerate(rows)]
-
-
-def train_tokenizer(texts, folder, vocab_size=512):
-    """A byte-level BPE tokenizer with InternVL's and Coconut's special tokens, saved in transformers' format."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    special = ['<|endoftext|>', '<|im_start|>', '<|im_end|>', *SPECIAL_TOKENS]
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=special, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token='<|im_end|>', pad_token='<|endoftext|>')
-    wrapped.save_pretrained(folder)
 
 
 def prepare_split(raw, split, folder, steps_from, max_latent_stage, image_size, max_tiles, cache_tiles):
     """Filters, writes images, tiles and {split}.jsonl; gives the rows. Says what it dropped and why."""
-    rows, dropped, need = [], {}, 0
-    drop = lambda reason, name: dropped.setdefault(reason, []).append(name)
+    rows, dropped, need = [], defaultdict(list), 0
     for i, fields in enumerate(tqdm(raw, desc=f'{split}: reading', disable=None)):
         row, reason = build_row(fields, split, steps_from, max_latent_stage)
         if row is None:
-            drop(reason, str(fields.get('question_id', i)))
+            dropped[reason].append(str(fields.get('question_id', i)))
             continue
         row['question_id'] = row['question_id'] or str(i)
         if fields.get('image'):
@@ -438,11 +462,13 @@ def prepare_split(raw, split, folder, steps_from, max_latent_stage, image_size, 
                 with Image.open(io.BytesIO(data)) as image:
                     kind, size = image.format.lower(), image.size
             except (OSError, ValueError) as error:
-                drop('with an unreadable image', f'{row["question_id"]} ({error})')
+                dropped['with an unreadable image'].append(f'{row["question_id"]} ({error})')
                 continue
             stem = re.sub(r'\W', '_', row['question_id']) or str(i)
-            row.update(image=f'images/{split}/{stem}.{kind}', image_size=size, image_hash=hashlib.sha256(data).hexdigest()[:16])
-            need += len(data) + cache_tiles * (128 + 3 * image_size ** 2 * count_tiles(*size, image_size, max_tiles=max_tiles))
+            row.update(image=f'images/{split}/{stem}.{kind}', image_size=size,
+                       image_hash=hashlib.sha256(data).hexdigest()[:16])
+            tiles = count_tiles(*size, image_size, max_tiles=max_tiles)
+            need += len(data) + cache_tiles * (128 + 3 * image_size ** 2 * tiles)
         rows.append((i, row))
     name, count = Counter(row['question_id'] for _, row in rows).most_common(1)[0] if rows else ('', 0)
     if count > 1:
@@ -451,8 +477,8 @@ def prepare_split(raw, split, folder, steps_from, max_latent_stage, image_size, 
     if need:
         print(f'{split}: images and tiles take up to {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free')
     if need > free:
-        raise OSError(f'{split} needs {need / 1e9:.2f} GB in {folder}, {free / 1e9:.2f} GB are free: choose another --data_dir, '
-                      'or --cache_tiles=False, which tiles while training')
+        raise OSError(f'{split} needs {need / 1e9:.2f} GB in {folder}, {free / 1e9:.2f} GB are free: choose another '
+                      '--data_dir, or --cache_tiles=False, which tiles while training')
     kept = []
     for i, row in tqdm(rows, desc=f'{split}: images and tiles', disable=None):
         if row.get('image'):
@@ -464,13 +490,14 @@ def prepare_split(raw, split, folder, steps_from, max_latent_stage, image_size, 
                         f.write(data)
                 load_tiles(row, folder, split, image_size, max_tiles, cache_tiles)
             except ValueError as error:
-                drop('with an unreadable image', f'{row["question_id"]} ({error})')
+                dropped['with an unreadable image'].append(f'{row["question_id"]} ({error})')
                 continue
         kept.append(row)
     for reason, names in dropped.items():
         print(f'{split}: dropped {len(names)} rows {reason}: {", ".join(names[:3])}{", ..." if len(names) > 3 else ""}')
     if not kept:
-        raise ValueError(f'{split} holds no usable row of {len(raw)}: see the reasons above, and give another --dataset')
+        raise ValueError(f'{split} holds no usable row of {len(raw)}: see the reasons above, and give another '
+                         '--dataset')
     with replacing(split_file(folder, split)) as part, open(part, 'w', encoding='utf-8') as f:
         f.writelines(json.dumps(row, ensure_ascii=False) + '\n' for row in kept)
     print(f'{split}: {len(kept)} rows of {len(raw)}')
@@ -490,9 +517,9 @@ if __name__ == '__main__':
             toy.draw(source, counts, seed, hops)
         else:
             source = toy.draw_graphs(source, counts, seed, nodes)
-    prepared = {split: prepare_split(raw, split, data_dir, steps_from, max_latent_stage, image_size, max_tiles, cache_tiles)
-                for split, raw in read_raw(source, data_dir).items()}
+    how = data_dir, steps_from, max_latent_stage, image_size, max_tiles, cache_tiles
+    prepared = {split: prepare_split(raw, split, *how) for split, raw in read_raw(source, data_dir).items()}
     if init_from == 'scratch':
-        train_tokenizer((text for row in prepared['train'] for text in (fill(prompt, row), '\n'.join(row['steps']), fill(answer, row))),
-                        os.path.join(data_dir, 'tokenizer'))
+        texts = ((fill(prompt, row), '\n'.join(row['steps']), fill(answer, row)) for row in prepared['train'])
+        train_tokenizer((text for row in texts for text in row), os.path.join(data_dir, 'tokenizer'))
     print(f'prepared {data_dir}')

@@ -4,20 +4,22 @@ Do the thoughts carry the answer, and what do they say? train.py calls this when
     python train.py config/toy.py --out_dir=out-probe --eval_only=True --init_from=out-toy/best.pt --intervene=all
     python train.py config/toy.py --out_dir=out-pause --mode=pause --compare=out-toy
 
---intervene names changes, separated by commas; each is applied to every row of the split, its accuracy printed beside the clean one's:
+--intervene names changes, separated by commas; each is applied to every row of the split, its accuracy printed beside
+the clean one's:
 
     zero           every thought is 0
     noise          every thought is a random direction of its own norm
     mean           thought k is the mean thought k of the split
-    swap           thought k is thought k of the next row, as that row has it when left alone; its own where the next row has fewer
+    swap           thought k is thought k of the next row, as that has it when left alone; its own where that has fewer
     image          the next row's image, with the row's own question: do the answers need the image?
     drop_last_K    the last K thoughts are 0; drop_last_k for every K
-    early_K        every row is given K thoughts, early for every K below n: a model that still knows earlier stages then writes the steps that are
-                   missing, so read the tokens beside the accuracy
+    early_K        every row is given K thoughts, early for every K below n: a model that still knows earlier stages
+                   then writes the steps that are missing, so read the tokens beside the accuracy
     all            all of these
 
-A thought that can be replaced without loss carries nothing. --compare names the out_dirs of other runs over the same rows, separated by commas:
-McNemar's exact test asks whether the rows that only one of two runs has right fall to either side as a fair coin does.
+A thought that can be replaced without loss carries nothing. --compare names the out_dirs of other runs over the same
+rows, separated by commas: McNemar's exact test asks whether the rows that only one of two runs has right fall to
+either side as a fair coin does.
 """
 import json
 import math
@@ -41,14 +43,15 @@ def expand(intervene, n=0):
     every = dict(drop_last_k=[f'drop_last_{k}' for k in range(1, n + 1)], early=[f'early_{k}' for k in range(n)])
     for name in names:
         if name not in every and not FORM.fullmatch(name):
-            raise ValueError(f'intervene={name!r}: expected zero, noise, mean, swap, image, drop_last_3, drop_last_k, early_3, early or all')
+            raise ValueError(f'intervene={name!r}: expected zero, noise, mean, swap, image, drop_last_3, drop_last_k, '
+                             'early_3, early or all')
     return [one for name in names for one in every.get(name, [name])]
 
 
 def record(thoughts):
     """
-    A change that changes nothing, but writes every thought into float32 [R, n, D], R the rows of the split. What it writes where a row has fewer
-    than n thoughts means nothing.
+    A change that changes nothing, but writes every thought into float32 [R, n, D], R the rows of the split. What it
+    writes where a row has fewer than n thoughts means nothing.
     """
     def change(places):
         def edit(k, thought):
@@ -61,8 +64,8 @@ def record(thoughts):
 
 def replace(name, thoughts):
     """
-    The change `name` as a function: places of a batch's rows in the split -> an `edit_thought`. `thoughts` [R, n, D] are those of all
-    rows when left alone, 0 where a row has fewer than n.
+    The change `name` as a function: places of a batch's rows in the split -> an `edit_thought`. `thoughts` [R, n, D]
+    are those of all rows when left alone, 0 where a row has fewer than n.
     """
     R, n, _ = thoughts.shape
     there = thoughts.any(-1)                                                              # [R, n]
@@ -77,8 +80,8 @@ def replace(name, thoughts):
             if k > n:
                 return thought  # one that the model wrote itself
             if name == 'noise':
-                draw = lambda place: torch.randn(thought.shape[1], generator=torch.Generator().manual_seed(int(place) * n + k))
-                noise = torch.stack([*map(draw, places)]).to(thought)  # a row's own, whatever its batch
+                own = [torch.Generator().manual_seed(int(place) * n + k) for place in places]  # whatever the batch
+                noise = torch.stack([torch.randn(thought.shape[1], generator=g) for g in own]).to(thought)
                 return noise * thought.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
             if name in ('mean', 'swap'):
                 other = mean[k - 1].expand(len(places), -1) if name == 'mean' else thoughts[(places + 1) % R, k - 1]
@@ -92,7 +95,8 @@ def replace(name, thoughts):
 def with_other_images(rows):
     """Each row with the image of the next one that has an image of its own; rows without an image are left out."""
     rows = [row for row in rows if row.get('image')]
-    return [dict(row, **{key: other[key] for key in ('image', 'image_size', 'image_hash')}) for row, other in zip(rows, rows[1:] + rows[:1])]
+    of_image = lambda row: {key: row[key] for key in ('image', 'image_size', 'image_hash')}
+    return [{**row, **of_image(other)} for row, other in zip(rows, rows[1:] + rows[:1])]
 
 
 # --- paired tests -----------------------------------------------------------------------------------------------------
@@ -104,7 +108,10 @@ def mcnemar(only_one, only_other):
 
 
 def pair(right, other):
-    """Of two dicts, question -> whether it is right: how many of the questions they share only one has right, how many only the other, and p."""
+    """
+    Of two dicts, question -> whether it is right: how many of the questions they share only one has right, how many
+    only the other, and p.
+    """
     shared = right.keys() & other.keys()
     one, two = (sum(a[q] and not b[q] for q in shared) for a, b in ((right, other), (other, right)))
     return one, two, mcnemar(one, two)
@@ -113,9 +120,14 @@ def pair(right, other):
 # --- what thoughts say ------------------------------------------------------------------------------------------------
 
 def results_of(row, tokenizer):
-    """For each step the tokens that would name its result: the first of the row's `results`, where it has these, else of the step itself."""
-    first = lambda text: [token for token in tokenizer.encode(str(text), add_special_tokens=False)[:1] if tokenizer.decode([token]).strip()]
-    return [{*first(text), *first(f' {text}')} for text in row.get('results') or row.get('steps') or ()]
+    """
+    For each step the tokens that would name its result: the first of the row's `results`, where it has these, else of
+    the step itself, with a space before it and without.
+    """
+    first = lambda text: tokenizer.encode(text, add_special_tokens=False)[:1]
+    named = lambda result: {token for text in (f'{result}', f' {result}') for token in first(text)}
+    return [{token for token in named(result) if tokenizer.decode([token]).strip()}
+            for result in row.get('results') or row.get('steps') or ()]
 
 
 @torch.no_grad()
@@ -128,10 +140,11 @@ def say(model, thoughts):
 
 def read(model, tokenizer, thoughts, rows):
     """
-    One dict for each of the n thoughts [R, n, D] of the rows of a split: what it says through the head most often, and in which share of the
-    rows; its mean entropy; its norm, and beside that of an embedding; its mean cosine with the thought before, and with the same thought of the
-    previous row; for each step, the share of the rows with that step where its likeliest token names the step's result, and the mean probability
-    of that result. Thoughts are 0 where a row has fewer than n.
+    One dict for each of the n thoughts [R, n, D] of the rows of a split: what it says through the head most often,
+    and in which share of the rows; its mean entropy; its norm, and beside that of an embedding; its mean cosine with
+    the thought before, and with the same thought of the previous row; for each step, the share of the rows with that
+    step where its likeliest token names the step's result, and the mean probability of that result. Thoughts are 0
+    where a row has fewer than n.
     """
     results = [results_of(row, tokenizer) for row in rows]
     steps, table = max(map(len, results)), []
@@ -149,21 +162,25 @@ def read(model, tokenizer, thoughts, rows):
         having = [max(1, sum(len(results[i]) > j for i in here)) for j in range(steps)]
         common, norm = max(set(tops), key=tops.count), own.norm(dim=-1).mean().item()
         table.append(dict(
-            thought=k + 1, says=tokenizer.decode([common]), share=tops.count(common) / len(tops), entropy_bits=entropy, norm=norm, norm_ratio=norm / usual,
+            thought=k + 1, says=tokenizer.decode([common]), share=tops.count(common) / len(tops), entropy_bits=entropy,
+            norm=norm, norm_ratio=norm / usual,
             cosine_before=F.cosine_similarity(own, thoughts[here, k - 1]).mean().item() if k else None,
-            cosine_rows=F.cosine_similarity(own, own.roll(1, 0)).mean().item(), names_step=[count / have for count, have in zip(named, having)],
+            cosine_rows=F.cosine_similarity(own, own.roll(1, 0)).mean().item(),
+            names_step=[count / have for count, have in zip(named, having)],
             mass_on_step=[total / have for total, have in zip(mass, having)]))
     return table
 
 
 def describe_thoughts(table):
     """What `read` gave, as lines."""
-    yield ' thought | says most often      | entropy  | norm (of embeddings\') | cosine: thought before, other row | names the result of step 1, 2, ...'
+    yield (' thought | says most often      | entropy  | norm (of embeddings\') | cosine: thought before, other row | '
+           'names the result of step 1, 2, ...')
     for t in table:
         before = '    ' if t['cosine_before'] is None else f'{t["cosine_before"]:4.2f}'
         says = f'{t["says"]!r} {100 * t["share"]:.0f} %'
-        yield (f'{t["thought"]:8d} | {says:20} | {t["entropy_bits"]:4.2f} bit | {t["norm"]:7.2f} ({t["norm_ratio"]:4.2f})       | {before:>14} {t["cosine_rows"]:18.2f} | '
-               + ' '.join(f'{100 * share:5.1f}' for share in t['names_step']) + ' %')
+        names = ' '.join(f'{100 * share:5.1f}' for share in t['names_step'])
+        yield (f'{t["thought"]:8d} | {says:20} | {t["entropy_bits"]:4.2f} bit | {t["norm"]:7.2f} '
+               f'({t["norm_ratio"]:4.2f})       | {before:>14} {t["cosine_rows"]:18.2f} | {names} %')
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
@@ -187,16 +204,22 @@ def draw_thoughts(path, model, tokenizer, thoughts, rows, table):
     row = int(thoughts.any(-1).sum(1).argmax())  # one with as many thoughts as there are
     p, mass = torch.cat([*say(model, thoughts[row])]), torch.tensor([t['mass_on_step'] for t in table])
     tokens = p.max(0).values.topk(min(10, p.shape[1])).indices
-    panels = [(p[:, tokens], [ascii(tokenizer.decode([t])).strip("'").replace(' ', '·') for t in tokens], f'"{rows[row]["question"][-60:]}": probability of a token')]
-    panels += [(mass, [f'step {j + 1}' for j in range(mass.shape[1])], f'{len(rows)} rows: of the step\'s result')] if mass.numel() else []
-    figure, axes = pyplot().subplots(1, len(panels), figsize=(9, 3.6), width_ratios=[max(4, len(names)) for _, names, _ in panels], layout='constrained', squeeze=False)
+    names = [ascii(tokenizer.decode([t])).strip("'").replace(' ', '·') for t in tokens]
+    panels = [(p[:, tokens], names, f'"{rows[row]["question"][-60:]}": probability of a token')]
+    if mass.numel():
+        steps = [f'step {j + 1}' for j in range(mass.shape[1])]
+        panels.append((mass, steps, f'{len(rows)} rows: of the step\'s result'))
+    widths = [max(4, len(names)) for _, names, _ in panels]
+    figure, axes = pyplot().subplots(1, len(panels), figsize=(9, 3.6), width_ratios=widths, layout='constrained',
+                                     squeeze=False)
     for axis, (values, names, title) in zip(axes[0], panels):
         axis.imshow(values.numpy(), cmap='Blues', vmin=0, vmax=1, aspect='auto')
         axis.set_xticks(range(len(names)), names, rotation=45, ha='right')
         axis.set_yticks(range(len(values)), [f'thought {k + 1}' for k in range(len(values))])
         axis.set_title(title, fontsize=9)
         for k, j in (values >= 0.005).nonzero().tolist():
-            axis.text(j, k, f'{values[k, j]:.2f}', ha='center', va='center', fontsize=7, color='white' if values[k, j] > 0.5 else 'black')
+            colour = 'white' if values[k, j] > 0.5 else 'black'
+            axis.text(j, k, f'{values[k, j]:.2f}', ha='center', va='center', fontsize=7, color=colour)
     save(figure, path)
 
 

@@ -19,7 +19,7 @@ from prepare import LETTERS, collate, encode, load_image, tile_image
 
 # --- knobs ------------------------------------------------------------------------------------------------------------
 ckpt = 'out/best.pt'                      # a .pt of train.py, or a folder or hub id of InternVL
-image = ''                                # file, files separated by commas, or folder; empty for a question without an image
+image = ''                                # file, files separated by commas, or folder; '' for no image
 question = 'Describe the image.'
 choices = ''                              # options separated by |, for a multiple-choice question
 num_thoughts = -1                         # -1 for as many as in the checkpoint's stage
@@ -40,9 +40,11 @@ UNTRAINED = dict(mode='coconut', c_thought=1, max_latent_stage=0, max_tiles=12, 
 def find_images(image):
     """The files that --image names, in order."""
     if os.path.isdir(image):
-        names = sorted(n for n in os.listdir(image) if n.lower().endswith(('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif')))
+        kinds = '.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif'
+        names = sorted(name for name in os.listdir(image) if name.lower().endswith(kinds))
         if not names:
-            raise ValueError(f'the folder {image} holds no image: give a file, or a folder of png, jpg, webp, bmp or gif files')
+            raise ValueError(f'the folder {image} holds no image: give a file, or a folder of png, jpg, webp, bmp or '
+                             'gif files')
         return [os.path.join(image, n) for n in names]
     return [name.strip() for name in image.split(',')] if image else [None]
 
@@ -60,16 +62,18 @@ if __name__ == '__main__':
     # --- rows ---------------------------------------------------------------------------------------------------------
     options = [c.strip() for c in choices.split('|')] if choices else []
     if options and (not 2 <= len(options) <= len(LETTERS) or not all(options)):
-        raise ValueError(f'--choices={choices!r} gives {len(options)} options: expected 2 to {len(LETTERS)}, as in "cat|dog|bird"')
-    text = {k: knobs[k] for k in ('mode', 'c_thought', 'max_latent_stage', 'prompt', 'answer', 'template', 'visual_bridge')}
+        raise ValueError(f'--choices={choices!r} gives {len(options)} options: expected 2 to {len(LETTERS)}, as in '
+                         '"cat|dog|bird"')
+    of_text = 'mode', 'c_thought', 'max_latent_stage', 'prompt', 'answer', 'template', 'visual_bridge'
+    text = {k: knobs[k] for k in of_text}
     if num_thoughts >= 0:
         text.update(c_thought=1, max_latent_stage=num_thoughts)
         stage = num_thoughts
     files = find_images(image)
     tiles = [tile_image(load_image(f), config.image_size, max_tiles=knobs['max_tiles']) if f else None for f in files]
     rows = [encode(dict(question=question, choices=options, image=f, question_id=f or 'question'), tokenizer, stage, t,
-                   supervised=False, max_length=config.max_position_embeddings, num_image_tokens=config.num_image_tokens, **text)
-            for f, t in zip(files, tiles)]
+                   supervised=False, max_length=config.max_position_embeddings,
+                   num_image_tokens=config.num_image_tokens, **text) for f, t in zip(files, tiles)]
 
     # --- answers ------------------------------------------------------------------------------------------------------
     thoughts = []
@@ -80,16 +84,17 @@ if __name__ == '__main__':
         return thought
 
     began = time.time()
-    said = respond(model, tokenizer, collate(rows), [dict(choices=options)] * len(files), knobs['answer'], max_new_tokens=max_new_tokens,
-                   temperature=temperature, top_p=top_p, edit_thought=keep)
+    said = respond(model, tokenizer, collate(rows), [dict(choices=options)] * len(files), knobs['answer'],
+                   max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, edit_thought=keep)
     seconds = time.time() - began
     usual = model.embed_text(torch.arange(config.vocab_size, device=device)).norm(dim=-1).mean()
     for b, (file, one) in enumerate(zip(files, said)):
         P = 0 if tiles[b] is None else len(tiles[b])
-        print(f'\n{file or "no image"}: {P} tiles, {P * config.num_image_tokens} visual tokens, {one["thoughts"]} thoughts, '
-              f'{one["tokens"]} tokens written')
+        print(f'\n{file or "no image"}: {P} tiles, {P * config.num_image_tokens} visual tokens, {one["thoughts"]} '
+              f'thoughts, {one["tokens"]} tokens written')
         for k in range(one['thoughts'] if show_thoughts > 0 else 0):
-            p, top = model.language_model.lm_head(thoughts[k][b]).float().softmax(-1).topk(min(show_thoughts, config.vocab_size))
+            p = model.language_model.lm_head(thoughts[k][b]).float().softmax(-1)
+            p, top = p.topk(min(show_thoughts, config.vocab_size))
             says = '  '.join(f'{tokenizer.decode([t])!r} {q:.2f}' for q, t in zip(p.tolist(), top.tolist()))
             print(f'  thought {k + 1}: {says}  (norm {thoughts[k][b].norm():.2f}, an embedding has {usual:.2f})')
         print(f'{question} {" | ".join(options)}'.rstrip() + f'\n{one["text"]}')

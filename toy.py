@@ -1,24 +1,27 @@
 """
 The data sets that are drawn, not downloaded; prepare.py calls them.
 
-"Colour chain", in A-OKVQA's schema. A 3x3 grid of 28-pixel cells: eight rooms and a blank. A room's outer square is its colour, the
-inner square is the colour of the room its door leads to. "Four doors from red?" starts in the red room and follows four doors. Its
-steps are three colours and a sentence: "blue", "green", "pink", "black is where the last door leads".
+"Colour chain", in A-OKVQA's schema. A 3x3 grid of 28-pixel cells: eight rooms and a blank. A room's outer square is
+its colour, the inner square is the colour of the room its door leads to. "Four doors from red?" starts in the red
+room and follows four doors. Its steps are three colours and a sentence: "blue", "green", "pink", "black is where the
+last door leads".
 
     the start's path is simple:  red -> blue -> green -> pink -> black       (the answer is black)
     any other room, and the last on the path, leads to a random other room
 
-The map must not be invertible. On a permutation, four steps forward can be had as two backward, and the curriculum alone learns
-that: accuracy looks perfect while the thoughts carry nothing. Each room is a visual token of its own, so the image holds the map
-and nothing else; the answer needs four look-ups in sequence.
+The map must not be invertible. On a permutation, four steps forward can be had as two backward, and the curriculum
+alone learns that: accuracy looks perfect while the thoughts carry nothing. Each room is a visual token of its own, so
+the image holds the map and nothing else; the answer needs four look-ups in sequence.
 
-Why not four sentences: thoughts keep the rhythm of the words. A colour is looked up two tokens after the one before, at the line's end,
-and so are thoughts 1, 3, 5 and 7 with two thoughts a step. Where sentences stand between look-ups, every stage has to learn that anew.
+Why not four sentences: thoughts keep the rhythm of the words. A colour is looked up two tokens after the one before,
+at the line's end, and so are thoughts 1, 3, 5 and 7 with two thoughts a step. Where sentences stand between look-ups,
+every stage has to learn that anew.
 
-"ProsQA-like graphs", text in Coconut's format, after the construction of ProsQA in its appendix (arXiv 2412.06769, Algorithm 1): "Tom is a wumpus. Every
-wumpus is a lompus. ... Is Tom a lompus or a rempus?" Of two kinds one can be reached from Tom, and the steps are the edges of a shortest way
-there. The other is as far from another person. With the furthest kind of either side instead, the one whose parent is not a person is right in
-87 % of the graphs of 9 nodes, and a trained model that scored 89 % had learnt little but that.
+"ProsQA-like graphs", text in Coconut's format, after the construction of ProsQA in its appendix (arXiv 2412.06769,
+Algorithm 1): "Tom is a wumpus. Every wumpus is a lompus. ... Is Tom a lompus or a rempus?" Of two kinds one can be
+reached from Tom, and the steps are the edges of a shortest way there. The other is as far from another person. With
+the furthest kind of either side instead, the one whose parent is not a person is right in 87 % of the graphs of 9
+nodes, and a trained model that scored 89 % had learnt little but that.
 """
 import functools
 import io
@@ -49,20 +52,26 @@ def draw_chain(rng, hops=HOPS):
         cells[cell, 7:-7, 7:-7] = rooms[leads_to[room]]
     image = cells.reshape(3, 3, CELL, CELL, 3).swapaxes(1, 2).reshape(3 * CELL, 3 * CELL, 3)
     options = rng.permutation([path[-1], *rng.permutation([r for r in order if r not in (path[0], path[-1])])[:3]])
-    return image.astype(np.uint8), dict(question=f'{NUMBERS[hops]} doors from {names[path[0]]}?', choices=[names[r] for r in options],
-                       correct_choice_idx=int(list(options).index(path[-1])), direct_answers=str([names[path[-1]]]),
-                       difficult_direct_answer=False, rationales=[*(names[r] for r in path[1:-1]), f'{names[path[-1]]} is where the last door leads'])
+    right = names[path[-1]]
+    return image.astype(np.uint8), dict(
+        question=f'{NUMBERS[hops]} doors from {names[path[0]]}?', choices=[names[r] for r in options],
+        correct_choice_idx=int(list(options).index(path[-1])), direct_answers=str([right]),
+        difficult_direct_answer=False,
+        rationales=[*(names[r] for r in path[1:-1]), f'{right} is where the last door leads'])
 
 
 def draw(folder, rows, seed, hops=HOPS):
-    """Writes `rows` (split -> number) as {folder}/{split}.parquet, images as PNG. Every split has its own random stream."""
+    """
+    Writes `rows` (split -> number) as {folder}/{split}.parquet, images as PNG. Every split has its own random stream.
+    """
     if not 1 <= hops < len(NUMBERS):
         raise ValueError(f'hops={hops}: expected 1 to {len(NUMBERS) - 1}')
     from datasets import Dataset, Features, List, Value
     from datasets import Image as ImageFeature
-    features = Features(image=ImageFeature(), question_id=Value('string'), question=Value('string'), choices=List(Value('string')),
-                        correct_choice_idx=Value('int8'), direct_answers=Value('string'), difficult_direct_answer=Value('bool'),
-                        rationales=List(Value('string')))
+    text = Value('string')
+    features = Features(image=ImageFeature(), question_id=text, question=text, choices=List(text),
+                        correct_choice_idx=Value('int8'), direct_answers=text, difficult_direct_answer=Value('bool'),
+                        rationales=List(text))
     for number, (split, count) in enumerate(rows.items()):
         rng, drawn = np.random.default_rng((seed, number)), []
         for i in range(count):
@@ -77,18 +86,21 @@ def draw(folder, rows, seed, hops=HOPS):
 
 PEOPLE = 'Alex Tom Jack Sally Davis Bob Max Fae Stella Carol Wren Polly Rex Sam Oliver'.split()
 STEPS = 3  # the ways asked about have at least 1, 2, ... STEPS steps, in turn
-KINDS = [f'{start}mpus' for start in 'wu ya zu du ro nu tu vu jo sho yu go le lo bri gri ste fo re ti scro bo hi gwo fi'.split()]
+STARTS = 'wu ya zu du ro nu tu vu jo sho yu go le lo bri gri ste fo re ti scro bo hi gwo fi'
+KINDS = [f'{start}mpus' for start in STARTS.split()]
 
 
 def draw_graph(rng, nodes, steps):
     """
-    One row in Coconut's format, and under `results` the kind that each step arrives at. One fact a line, so that a name is the same token
-    in facts and steps. Nodes 0 and 1 are people; a node without a parent is a person too. The next nodes lead `steps` away from each of
-    the two in turn, with Poisson(0.25) further parents; each later node has Poisson(1.5) parents, deep ones more likely. 35 % of these may
-    not descend from 1, 35 % not from 0. The two kinds of the question are equally far from 0 and from 1.
+    One row in Coconut's format, and under `results` the kind that each step arrives at. One fact a line, so that a
+    name is the same token in facts and steps. Nodes 0 and 1 are people; a node without a parent is a person too. The
+    next nodes lead `steps` away from each of the two in turn, with Poisson(0.25) further parents; each later node has
+    Poisson(1.5) parents, deep ones more likely. 35 % of these may not descend from 1, 35 % not from 0. The two kinds
+    of the question are equally far from 0 and from 1.
     """
     while True:
-        parents, family, depth = [[], []], [1, 2], [0, 0]  # family: 1 descends from node 0, 2 from node 1, 3 from both, 0 from neither
+        parents, depth = [[], []], [0, 0]
+        family = [1, 2]  # 1 descends from node 0, 2 from node 1, 3 from both, 0 from neither
         for node in range(2, nodes):
             on_way = node < 2 + 2 * steps
             shut = 2 - node % 2 if on_way else rng.choice((2, 1, 0), p=(0.35, 0.35, 0.3))
@@ -100,7 +112,8 @@ def draw_graph(rng, nodes, steps):
             family.append(functools.reduce(operator.or_, (family[n] for n in parents[-1]), 0))
             depth.append(1 + max((depth[n] for n in parents[-1]), default=-1))
         ways = [shortest_ways(parents, start) for start in (0, 1)]
-        far = [{len(ways[start][n]): n for n in range(2, nodes) if family[n] == 1 + start} for start in (0, 1)]  # one node of each distance
+        far = [{len(ways[start][n]): n for n in range(2, nodes) if family[n] == 1 + start}
+               for start in (0, 1)]  # one node of each distance
         both = far[0].keys() & far[1].keys()
         if both and max(both) > steps and parents.count([]) <= len(PEOPLE):
             break  # else the two ways are too short, or there are too many people: draw another graph
@@ -112,7 +125,8 @@ def draw_graph(rng, nodes, steps):
     one, other = rng.permutation([right, wrong])
     way = ways[0][right]
     return dict(question='\n'.join([*rng.permutation(facts), f'Is {name[0]} a {name[one]} or a {name[other]}?']),
-                steps=[says(a, b) for a, b in zip(way, way[1:])], answer=f'{name[0]} is a {name[right]}.', results=[name[n] for n in way[1:]])
+                steps=[says(a, b) for a, b in zip(way, way[1:])], answer=f'{name[0]} is a {name[right]}.',
+                results=[name[n] for n in way[1:]])
 
 
 def shortest_ways(parents, start):
@@ -126,8 +140,9 @@ def shortest_ways(parents, start):
 
 def draw_graphs(folder, rows, seed, nodes):
     """
-    Writes `rows` (split -> number), each of a random size up to `nodes`, under Coconut's file names; gives the path of the first. From large graphs
-    alone a small model does not learn to look a fact up; from small ones among them it does.
+    Writes `rows` (split -> number), each of a random size up to `nodes`, under Coconut's file names; gives the path
+    of the first. From large graphs alone a small model does not learn to look a fact up; from small ones among them
+    it does.
     """
     if not 2 + 2 * STEPS <= nodes <= len(KINDS):
         raise ValueError(f'nodes={nodes}: expected {2 + 2 * STEPS} to {len(KINDS)}')

@@ -158,10 +158,7 @@ def make_schedule():
 
 
 def learning_rate_at(step, now):
-    """
-    Linear warm-up, then a cosine to min_lr_ratio of the peak: over the stage where the optimizer is reset, else over the
-    run.
-    """
+    """Linear warm-up, then a cosine to min_lr_ratio of the peak, over a stage; over the run if nothing is reset."""
     done, total = (step - now.first, now.steps * now.epochs) if reset_optimizer else (step, total_steps)
     if done < warmup_steps:
         return now.peak * (done + 1) / warmup_steps
@@ -173,7 +170,7 @@ def preview(now):
     """One stage as it will be trained and asked."""
     texts = [build_text(row, now.stage, **text_knobs) for row in now.rows]
     span = lambda numbers: '{}'.format(*numbers) if len(numbers) == 1 else f'{min(numbers)} to {max(numbers)}'
-    thoughts, words = {n for _, n, _ in texts}, {target.count('\n') - answer.count('\n') for _, _, target in texts}
+    thoughts, words = {n for _, n, _ in texts}, {target.count('\n') - answer.count('\n') for *_, target in texts}
     rates = [learning_rate_at(s, now) for s in range(now.first, now.first + now.steps * now.epochs)]
     mixed = f', each row with chance {uniform_prob:g} at an earlier stage' if uniform_prob and now.stage else ''
     row = Rows(now.rows, 'train', now.stage, **row_knobs)[0]
@@ -214,12 +211,9 @@ def leave():
 
 
 def end(code=0):
-    """
-    Ends the script, and before it the group of ranks: gloo's threads abort a process whose interpreter ends first, and
-    they end with the last reference to the group.
-    """
+    """Ends the script, and first the group of ranks: its threads may not outlive the interpreter."""
     global network
-    network = None
+    network = None  # the threads end with the last reference to the group
     if world > 1:
         dist.destroy_process_group()
     raise SystemExit(code)
@@ -248,7 +242,7 @@ def report_step(seconds):
     usual = model.language_model.model.embed_tokens.weight.norm(dim=-1).mean()
     fed = out.thoughts.detach().norm(dim=-1)                                                  # [B, n]
     v = dict(loss=loss, token_accuracy=hits, lr=lr, grad_norm=norm, memory_gb=peak_memory(device) / 1e9,
-             wait=meter['wait'] / seconds, tokens_per_s=meter['tokens'] / seconds, images_per_s=meter['images'] / seconds,
+             **{f'{of}_per_s': meter[of] / seconds for of in ('tokens', 'images')}, wait=meter['wait'] / seconds,
              thought_ratio=(fed[fed > 0].mean() / usual).item() if fed.any() else 0.0)
     eta = int((last_step - step) * elapsed() / step)
     print(f'step {step:6d}/{last_step} | stage {stage} | loss {loss:7.4f} | acc {100 * hits:5.1f} % | lr {lr:.1e} | '
@@ -309,9 +303,8 @@ def start_of_run():
     """How this process was started, and on what."""
     here = os.path.dirname(os.path.abspath(__file__))
     git = lambda *args: subprocess.run(['git', '-C', here, *args], capture_output=True, text=True).stdout.strip()
-    commit = ''
-    if shutil.which('git'):
-        commit = git('rev-parse', 'HEAD') + (' with changes' if git('status', '--porcelain', '-uno') else '')
+    changed = shutil.which('git') and git('status', '--porcelain', '-uno')
+    commit = git('rev-parse', 'HEAD') + (' with changes' if changed else '') if shutil.which('git') else ''
     packages = ('torch', 'transformers', 'tokenizers', 'timm', 'numpy')
     return dict(command=shlex.join(sys.argv), time=time.strftime('%Y-%m-%d %H:%M:%S'), commit=commit, knobs=knobs,
                 host=platform.node(), ranks=world, threads=torch.get_num_threads(),
@@ -438,7 +431,7 @@ if __name__ == '__main__':
     if wandb and not rank:
         wandb_run = importlib.import_module('wandb').init(project='multicoco', dir=out_dir, config=knobs,
                                                           group=out_dir.replace('/', '-'))
-    text_only = not all(row.get('image') for now in stages for row in now.rows)  # no gradient for the vision tower
+    text_only = not all(row.get('image') for now in stages for row in now.rows)  # then the vision tower has no gradient
     network = model if world == 1 else DistributedDataParallel(model, find_unused_parameters=text_only)
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, stop)
@@ -485,8 +478,8 @@ if __name__ == '__main__':
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 names = ', '.join(str(now.rows[i]['question_id']) for i in groups[place])
                 raise ValueError(f'the loss is {loss} and the gradient norm {norm} in step {step + 1} (stage {stage}, '
-                                 f'epoch {epoch + 1}), rows {names}: {out_dir}/last.pt is from before; lower the learning '
-                                 'rate, or look at these rows')
+                                 f'epoch {epoch + 1}), rows {names}: {out_dir}/last.pt is from before; lower the '
+                                 'learning rate, or look at these rows')
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step, place = step + 1, place + 1
