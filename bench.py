@@ -238,8 +238,9 @@ def simulated_memory():
             def on_real_ids(*args):  # where a token stands is known, the rest is shapes
                 with unset_fake_temporarily():
                     layout = lay_out(*args)
-                tensors, targets = (map(fake.from_tensor, t) for t in (layout[:4], layout.targets))
-                return Layout(*tensors, *layout[4:7], tuple(targets))
+                fakes = lambda tensors: tuple(map(fake.from_tensor, tensors))
+                return Layout(*fakes(layout[:4]), layout.widths, layout.filled, *fakes([layout.image]),
+                              fakes(layout.targets), layout.visual)
 
             model.lay_out, pixels = on_real_ids, fake.from_tensor(batch['pixel_values'])
             for p in ours.parameters():

@@ -138,8 +138,9 @@ class StaticCache:
 
     def __init__(self, grown, more):
         padded = lambda parts: F.pad(torch.cat(parts, 2), (0, 0, 0, more))
-        self.kv = torch.stack([torch.stack([padded(keys), padded(values)]) for keys, values in grown.past])
-        self.at = torch.tensor([self.kv.shape[-2] - more], device=self.kv.device)  # the slot that the next pass writes
+        self.kv = [[padded(parts) for parts in layer] for layer in grown.past]  # compiled, views of one would be copied
+        slots, device = self.kv[0][0].shape[-2], self.kv[0][0].device
+        self.at = torch.tensor([slots - more], device=device)                   # the slot that the next pass writes
 
     def extend(self, layer):
         return partial(self.write, *self.kv[layer])
@@ -149,6 +150,9 @@ class StaticCache:
 
     def append(self, layer, k, v):
         pass
+
+    def keep(self, rows):
+        self.kv = [[part[rows] for part in layer] for layer in self.kv]
 
 
 # --- where a token stands: the only bookkeeping of the latent loop ----------------------------------------------------
@@ -160,8 +164,9 @@ class Layout(NamedTuple):
     length: torch.Tensor    # int64 [B, n + 1]: tokens of each row in each chunk, 0 where the row has no such thought
     widths: list            # n + 1 ints: slots of each chunk, that is its longest row
     filled: list            # n + 1: which of a chunk's B * width slots hold tokens, int64 [M]; None where nearly all do
-    visual: list            # B ints: <IMG_CONTEXT> tokens of each row
+    image: torch.Tensor     # int64 [M]: which of the B * S slots hold <IMG_CONTEXT>, in row order
     targets: tuple          # three int64 [M]: row and slot before each supervised token, and the token
+    visual: list            # B ints: <IMG_CONTEXT> tokens of each row
 
 
 def lay_out(input_ids, attention_mask, config, labels=None, device=None):
@@ -178,7 +183,8 @@ def lay_out(input_ids, attention_mask, config, labels=None, device=None):
     Done on the host, where the lengths are needed anyway: all that depends on values is asked here, once. Inputs that
     are still on the host spare the wait for the device.
     """
-    ids, device = input_ids.cpu(), device or input_ids.device
+    there = lambda x: x.to(device or input_ids.device, non_blocking=True)
+    ids = input_ids.cpu()
     B, T = ids.shape
     real = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.cpu().bool()
     check_rows(ids, real, config)
@@ -190,17 +196,18 @@ def lay_out(input_ids, attention_mask, config, labels=None, device=None):
     slot = (widths.cumsum(0) - widths)[chunk] + position - start.gather(1, chunk)
     S = int(widths.sum())
     into, slot = torch.where(real, slot, S), slot.where(real, 0)         # padding goes to column S, which is cut off
-    table = lambda fill, x: torch.full((B, S + 1), fill).scatter_(1, into, x)[:, :S].to(device)
+    table = lambda fill, x: torch.full((B, S + 1), fill).scatter_(1, into, x)[:, :S]
+    tokens = table(config.pad_token_id, ids)
     targets = ()
     if labels is not None:
         labels = labels.cpu()
         row, before = (labels[:, 1:] != -100).nonzero(as_tuple=True)     # the token at `before` predicts the next one
-        targets = row.to(device), slot[row, before].to(device), labels[row, before + 1].to(device)
+        targets = row, slot[row, before], labels[row, before + 1]
     holds = [torch.arange(w) < length[:, k, None] for k, w in enumerate(widths.tolist())]     # n + 1 times [B, width]
-    filled = [None if h.float().mean() > 0.9 else h.flatten().nonzero()[:, 0].to(device) for h in holds]
-    visual = ((ids == config.image_token_id) & real).sum(1).tolist()
-    return Layout(slot.to(device), table(config.pad_token_id, ids), table(PADDING, position), length.to(device),
-                  widths.tolist(), filled, visual, targets)
+    filled = [None if h.float().mean() > 0.9 else there(h.flatten().nonzero()[:, 0]) for h in holds]
+    image = tokens == config.image_token_id                                                   # [B, S]
+    return Layout(there(slot), there(tokens), there(table(PADDING, position)), there(length), widths.tolist(), filled,
+                  there(image.flatten().nonzero()[:, 0]), tuple(map(there, targets)), image.sum(1).tolist())
 
 
 def check_rows(ids, real, config):
@@ -341,7 +348,8 @@ class MultiCoCo(nn.Module):
                              f'prepare them with image_size={side}')
         pixel_values = pixel_values.to(weight.device, non_blocking=True)
         if pixel_values.dtype == torch.uint8:
-            mean, std = (torch.tensor(v, device=weight.device)[:, None, None] for v in (IMAGE_MEAN, IMAGE_STD))
+            mean, std = (torch.tensor(v)[:, None, None].to(weight.device, non_blocking=True)
+                         for v in (IMAGE_MEAN, IMAGE_STD))
             pixel_values = pixel_values.float().div_(255).sub_(mean).div_(std)
         x = self.vision_model.forward_features(pixel_values.to(weight.dtype))              # [P, 1 + h*p*w*q, C]
         p = round(1 / c.downsample_ratio)
@@ -378,8 +386,8 @@ class MultiCoCo(nn.Module):
             raise ValueError(f'row {b} ends {sum(tiles[:b + 1])} tiles into the batch by its {counts[b]} {IMG_CONTEXT} '
                              f'tokens, but pixel_values holds {P} tiles: encode text and tiles together')
         if P:
-            here = layout.ids == self.config.image_token_id                                  # [B, S]
-            x = x.masked_scatter(here[..., None], self.embed_image(pixel_values).to(x.dtype))
+            visual = self.embed_image(pixel_values).flatten(0, 1).to(x.dtype)                # [P * N, D]
+            x = x.flatten(0, 1).index_copy(0, layout.image, visual).view_as(x)
         return x
 
     def decode(self, x, position, mask, cache, filled=None):
@@ -475,8 +483,8 @@ class MultiCoCo(nn.Module):
         new = torch.full((B, max_new_tokens), c.pad_token_id, device=x.device)
         wrote, done = torch.zeros_like(rows), torch.zeros_like(rows, dtype=torch.bool)
         compiled = 'step' in self.__dict__
-        if compiled:
-            torch._dynamo.mark_static_address(cache.kv, guard=False)  # a CUDA graph may write to it
+        for part in sum(cache.kv, []) if compiled else ():
+            torch._dynamo.mark_static_address(part, guard=False)  # a CUDA graph may write to it
         for i in range(max_new_tokens):
             logits = (head @ last.T).T  # for few rows faster on CPUs than the other way round
             token = torch.where(done, c.pad_token_id, sample(logits.float(), temperature, top_p, generator))
@@ -491,7 +499,7 @@ class MultiCoCo(nn.Module):
                     break
                 if 2 * len(running) <= len(done) and edit_thought is None and not compiled:
                     rows, token, last, here, table, done = (t[running] for t in (rows, token, last, here, table, done))
-                    cache.kv = cache.kv[:, :, running]  # rows that ended cost nothing from here on
+                    cache.keep(running)  # rows that ended cost nothing from here on
             thought = last if edit_thought is None else edit_thought(thoughts.shape[1] + i + 1, last)
             x = torch.where((token == c.latent_token_id)[:, None], thought.to(x.dtype), self.embed_text(token))
             table[:, S + i] = here
@@ -509,6 +517,8 @@ class MultiCoCo(nn.Module):
 
 def pick_device(device):
     """'auto' is the GPU where there is one."""
+    if device not in ('auto', 'cpu', 'cuda'):
+        raise ValueError(f'device={device!r}: expected auto, cpu or cuda; CUDA_VISIBLE_DEVICES chooses a GPU')
     if device == 'cuda' and not torch.cuda.is_available():
         raise ValueError('device=cuda, but torch sees no GPU here: use --device=cpu, or install a torch with CUDA')
     return ('cuda' if torch.cuda.is_available() else 'cpu') if device == 'auto' else device

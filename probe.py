@@ -69,25 +69,27 @@ def replace(name, thoughts):
     """
     R, n, _ = thoughts.shape
     there = thoughts.any(-1)                                                              # [R, n]
+    count = there.sum(1)                                                                  # [R]
     mean = thoughts.sum(0) / there.sum(0).clamp(min=1)[:, None]                           # [n, D]
     last = int(name.removeprefix('drop_last_')) if name.startswith('drop_last_') else n if name == 'zero' else 0
 
+    def other(k, thought, places):
+        if name == 'noise':
+            own = [torch.Generator().manual_seed(int(place) * n + k) for place in places]  # whatever the batch
+            noise = torch.stack([torch.randn(thought.shape[1], generator=g) for g in own]).to(thought)
+            return noise * thought.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
+        if name in ('mean', 'swap'):
+            found = mean[k - 1].expand(len(places), -1) if name == 'mean' else thoughts[(places + 1) % R, k - 1]
+            found = found.to(thought)
+            return torch.where(found.any(-1, keepdim=True), found, thought)  # the other row may have fewer thoughts
+        return torch.where((k > count[places] - last)[:, None].to(thought.device), 0, thought)
+
     def change(places):
         places = torch.tensor(places)
-        left = there[places].sum(1) - last                                                # thoughts that a row keeps
 
         def edit(k, thought):
-            if k > n:
-                return thought  # one that the model wrote itself
-            if name == 'noise':
-                own = [torch.Generator().manual_seed(int(place) * n + k) for place in places]  # whatever the batch
-                noise = torch.stack([torch.randn(thought.shape[1], generator=g) for g in own]).to(thought)
-                return noise * thought.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
-            if name in ('mean', 'swap'):
-                other = mean[k - 1].expand(len(places), -1) if name == 'mean' else thoughts[(places + 1) % R, k - 1]
-                other = other.to(thought)
-                return torch.where(other.any(-1, keepdim=True), other, thought)  # the other row may have fewer thoughts
-            return torch.where((k > left)[:, None].to(thought.device), 0, thought)
+            own = (k <= count[places])[:, None].to(thought.device)  # beyond these are those that the model wrote itself
+            return torch.where(own, other(k, thought, places), thought) if k <= n else thought
         return edit
     return change
 

@@ -85,7 +85,8 @@ if __name__ == '__main__':
 
     began = time.time()
     said = respond(model, tokenizer, collate(rows), [dict(choices=options)] * len(files), knobs['answer'],
-                   max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, edit_thought=keep)
+                   max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
+                   edit_thought=keep if show_thoughts > 0 or text['mode'] == 'pause' else None)
     seconds = time.time() - began
     usual = model.embed_text(torch.arange(config.vocab_size, device=device)).norm(dim=-1).mean()
     for b, (file, one) in enumerate(zip(files, said)):

@@ -323,6 +323,11 @@ if __name__ == '__main__':
     if threads:
         torch.set_num_threads(threads)
     device = pick_device(device)
+    if device == 'cuda':
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(f'rank {local_rank} has no GPU, this machine has {torch.cuda.device_count()}: '
+                             'lower --nproc_per_node')
+        torch.cuda.set_device(local_rank)
     dtype = knobs['dtype'] = pick_dtype(dtype, device)
     autocast = torch.autocast(device, torch.bfloat16) if dtype == 'bfloat16' else nullcontext()
     loading = dict(num_workers=num_workers, pin_memory=device == 'cuda')
@@ -340,11 +345,6 @@ if __name__ == '__main__':
                          '--init_from=resume, choose another --out_dir, or let go of it by --overwrite=True')
     if wandb and not importlib.util.find_spec('wandb'):
         raise ValueError('wandb=True, but wandb is not installed: pip install wandb, or leave it out')
-    if device == 'cuda':
-        if local_rank >= torch.cuda.device_count():
-            raise ValueError(f'rank {local_rank} has no GPU, this machine has {torch.cuda.device_count()}: '
-                             'lower --nproc_per_node')
-        torch.cuda.set_device(local_rank)
     if world > 1:
         dist.init_process_group('cpu:gloo,cuda:nccl' if device == 'cuda' else 'gloo')
     for seeded in (random.seed, np.random.seed, torch.manual_seed):
@@ -439,7 +439,7 @@ if __name__ == '__main__':
         save('last.pt')  # from here on the run can be killed at any moment
 
     # --- the loop -----------------------------------------------------------------------------------------------------
-    while epoch < len(epochs) and step < last_step:
+    while epoch < len(epochs) and (step < last_step or place):  # a kill before its evaluation leaves an epoch to end
         now = epochs[epoch]
         if now.stage != stage:
             stage = now.stage
@@ -452,7 +452,7 @@ if __name__ == '__main__':
         model.train()
         meter.clear()
         since = waiting = time.time()
-        for batch in batches(training, mine[place:], **loading):
+        for batch in batches(training, mine[place:place + max(0, last_step - step)], **loading):
             meter['wait'] += time.time() - waiting
             parts, busy = micro_batches(batch, micro), rank < len(groups[place])
             counts = supervised(batch), int(batch['attention_mask'].sum()), int((batch['num_tiles'] > 0).sum())
@@ -488,8 +488,6 @@ if __name__ == '__main__':
                 report_step(time.time() - since)
                 meter.clear()
                 since = time.time()
-            if step == last_step:
-                break
             if save_every and step % save_every == 0 and place < len(groups):  # at the epoch's end it is saved anyway
                 save('last.pt')
             waiting = time.time()
@@ -508,8 +506,10 @@ if __name__ == '__main__':
         if whole:  # else max_steps ended the run inside an epoch: resumed from last.pt, it is as if that had not been
             save(f'epoch_{epoch}.pt')
             save('last.pt')
-        if not rank and (step == last_step or epochs[epoch].stage != stage):
+        if not rank and (step >= last_step or epochs[epoch].stage != stage):
             probe.draw_curves(os.path.join(out_dir, 'curves.png'), os.path.join(out_dir, 'metrics.jsonl'))
+        if step >= last_step:
+            break
 
     # --- what came out ------------------------------------------------------------------------------------------------
     if world > 1:
