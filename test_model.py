@@ -324,6 +324,20 @@ def test_activation_checkpointing_changes_no_gradient():
     assert_same_gradients(gradients(model, model(**batch).loss), plain, 1e-6)
 
 
+@pytest.mark.parametrize('qwen3', (False, True))
+def test_bfloat16_autocast_is_near_float32(qwen3):
+    """Also where norms on heads give float32 and where padding skips the MLP."""
+    model = tiny_model(qk_norm=qwen3, attention_bias=not qwen3)
+    batch = make_batch(model.config, TILES, THOUGHTS)
+    exact = model(**batch).loss
+    model.set_activation_checkpointing()
+    with torch.autocast('cpu', torch.bfloat16):
+        rough = model(**batch).loss
+    rough.backward()
+    assert exact.item() != rough.item() == pytest.approx(exact.item(), rel=0.02)
+    assert all(p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in model.parameters())
+
+
 def test_micro_batches_give_the_gradient_of_the_batch():
     """Weighted by supervised tokens; rows differ in tiles, thoughts and targets, and some parts hold no image."""
     model = tiny_model()
@@ -388,6 +402,10 @@ def test_interventions_change_what_they_say():
                                            atol=1e-4, rtol=1e-3)
         dropped = run('drop_last_2')
         assert dropped.any(-1).sum(1).tolist() == [1, 0, 1, 0] and torch.equal(dropped[[0, 2], 0], clean[[0, 2], 0])
+        written = torch.ones(1, model.config.hidden_size)  # a second thought of row 1: the model wrote its <|latent|>
+        for name in ('zero', 'noise', 'mean', 'swap', 'drop_last_1'):
+            assert torch.equal(probe.replace(name, clean)([1])(2, written), written)
+            assert not torch.equal(probe.replace(name, clean)([1])(1, written), written)
 
 
 def test_interventions_are_named():
