@@ -41,7 +41,7 @@ from reference import embed, floor_loss, models, plain_generate, published_gener
 size = 'small'       # 'small' or '1b'
 device = 'auto'      # 'auto', 'cpu', 'cuda'
 repeats = 3
-json = False         # print one JSON object instead of the tables
+json = False         # print one JSON object as well, last
 seed = 1337
 
 NO_END = dict(eos_token_ids=(-1,))  # every row writes all its tokens
@@ -274,6 +274,7 @@ if __name__ == '__main__':
         print('no GPU: the peak memory of a training step, simulated')
         out = dict(simulated_memory=simulated_memory())
     else:
+        print('transformers\' model and ours are made and warmed up; about 20 minutes in all on one core', flush=True)
         ours, theirs = (m.to(device) for m in models(config, seed))
         for tower in (ours.vision_model, theirs.model.vision_tower) if size == '1b' else ():
             tower.requires_grad_(False)  # as config/aokvqa.py has it

@@ -232,7 +232,7 @@ def read_pretrained(name_or_path, dtype):
     folder = fetch(name_or_path)
     files, shapes = weight_files(folder)
     tokenizer = read_tokenizer(folder)
-    known = set(tokenizer.get_vocab().values())
+    known = set(tokenizer.get_vocab().values())  # before ours join them
     with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f:
         fields = config_fields(json.load(f), shapes, add_special_tokens(tokenizer), name_or_path)
 
@@ -272,8 +272,8 @@ def read_checkpoint(path):
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        raise ValueError(f'{path} is not a whole checkpoint ({str(error).splitlines()[0][:80]}): it may be cut off, '
-                         'use another one') from None
+        raise ValueError(f'{path} is not a whole checkpoint ({type(error).__name__}): it is cut off, or no checkpoint '
+                         'at all; use another one') from None
     if not isinstance(checkpoint, dict) or not {'model', 'config', 'tokenizer', 'knobs'} <= checkpoint.keys():
         raise ValueError(f'{path} is no checkpoint of train.py: it lacks model, config, tokenizer or knobs')
     return checkpoint
@@ -298,16 +298,20 @@ def tokenizer_from(text, eos, pad):
 @contextlib.contextmanager
 def replacing(path):
     """Gives a temporary name to write to; renames it to path when all is written, removes it when not."""
-    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
     part = f'{path}.{os.getpid()}.part'
     try:
+        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
         yield part
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch and numpy do not pass the system's reason on: look for it
-        free = shutil.disk_usage(os.path.dirname(path) or '.').free
-        if getattr(error, 'errno', None) == errno.ENOSPC or free < 2**20:
+        folder = os.path.dirname(path) or '.'
+        full = os.path.isdir(folder) and shutil.disk_usage(folder).free < 2**20
+        if getattr(error, 'errno', None) == errno.ENOSPC or full:
             raise OSError(f'the disk is full: {path} was not written, what was there before is untouched; free some '
                           'space') from None
+        if isinstance(error, OSError):
+            raise OSError(f'{path} cannot be written ({error.strerror}): give another folder, or make this one '
+                          'writable') from None
         raise
     finally:
         if os.path.exists(part):

@@ -42,7 +42,7 @@ def parse(defaults, argv, elsewhere=()):
             raise ValueError(f'{arg} has no value: write --{key}=VALUE')
         flags.append((key, text))
     for file in files:
-        if not os.path.isfile(file):
+        if not (file.endswith('.py') and os.path.isfile(file)):
             raise ValueError(f'no config file {file}: give a path like config/toy.py, or a flag as --key=value')
         try:
             settings = runpy.run_path(file)

@@ -199,6 +199,7 @@ class Evaluation:
         thoughts = torch.zeros(len(rows), n, self.model.config.hidden_size)
         if n:
             self.ask(rows, split, stage, probe.record(thoughts), max_new_tokens=1)
+            # each rank filled in its own rows
             thoughts = sum(all_ranks(thoughts)) * (torch.arange(n) < counts[:, None])[..., None]
             table = probe.read(self.model, self.tokenizer, thoughts, rows)
             print(*probe.describe_thoughts(table), sep='\n', flush=True)
@@ -210,15 +211,15 @@ class Evaluation:
 
     def change_thoughts(self, name, split, rows, right, stage, thoughts):
         """One intervention: the accuracy with it beside that without, on the same rows."""
-        change, text, there = None, {}, thoughts.shape[1]
+        change, text, possible = None, {}, thoughts.shape[1]
         if name == 'image':
-            rows = there = probe.with_other_images(rows)
+            rows = possible = probe.with_other_images(rows)
             rows = rows and fitting_rows(split, stage, rows, **self.row_knobs)
         elif name.startswith('early_'):  # stage k asks for min(k, 1) * c_thought thoughts
             text = dict(c_thought=int(name.removeprefix('early_')), max_latent_stage=1)
         else:
             change = probe.replace(name, thoughts)
-        if not there:
+        if not possible:
             print(f'{split}: {name} left out, these answers have no {"image" if name == "image" else "thoughts"}')
             return
         metrics, changed = self.ask(rows, split, stage, change, **text)

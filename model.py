@@ -122,7 +122,7 @@ class GrowingCache:
         self.past = [((), ()) for _ in range(num_layers)]
 
     def extend(self, layer):
-        return partial(self.concatenate, *self.past[layer])  # what is past now, also when checkpointing asks again
+        return partial(self.concatenate, *self.past[layer])  # bound now: a recomputation must see the same past
 
     @staticmethod
     def concatenate(past_k, past_v, k, v):
@@ -138,7 +138,7 @@ class StaticCache:
 
     def __init__(self, grown, more):
         padded = lambda parts: F.pad(torch.cat(parts, 2), (0, 0, 0, more))
-        self.kv = [[padded(parts) for parts in layer] for layer in grown.past]  # compiled, views of one would be copied
+        self.kv = [[padded(parts) for parts in layer] for layer in grown.past]  # views of one tensor compile to copies
         slots, device = self.kv[0][0].shape[-2], self.kv[0][0].device
         self.at = torch.tensor([slots - more], device=device)                   # the slot that the next pass writes
 
@@ -149,7 +149,7 @@ class StaticCache:
         return keys.index_copy_(2, self.at, k), values.index_copy_(2, self.at, v)
 
     def append(self, layer, k, v):
-        pass
+        pass  # write did it
 
     def keep(self, rows):
         self.kv = [[part[rows] for part in layer] for layer in self.kv]
@@ -195,7 +195,8 @@ def lay_out(input_ids, attention_mask, config, labels=None, device=None):
     position = torch.arange(T).expand(B, T)
     slot = (widths.cumsum(0) - widths)[chunk] + position - start.gather(1, chunk)
     S = int(widths.sum())
-    into, slot = torch.where(real, slot, S), slot.where(real, 0)         # padding goes to column S, which is cut off
+    into = torch.where(real, slot, S)                                    # padding goes to column S, which is cut off
+    slot = torch.where(real, slot, 0)
     table = lambda fill, x: torch.full((B, S + 1), fill).scatter_(1, into, x)[:, :S]
     tokens = table(config.pad_token_id, ids)
     targets = ()
@@ -204,7 +205,8 @@ def lay_out(input_ids, attention_mask, config, labels=None, device=None):
         row, before = (labels[:, 1:] != -100).nonzero(as_tuple=True)     # the token at `before` predicts the next one
         targets = row, slot[row, before], labels[row, before + 1]
     holds = [torch.arange(w) < length[:, k, None] for k, w in enumerate(widths.tolist())]     # n + 1 times [B, width]
-    filled = [None if h.float().mean() > 0.9 else there(h.flatten().nonzero()[:, 0]) for h in holds]
+    filled = [None if h.float().mean() > 0.9 else there(h.flatten().nonzero()[:, 0])  # a gather costs something too
+              for h in holds]
     image = tokens == config.image_token_id                                                   # [B, S]
     return Layout(there(slot), there(tokens), there(table(PADDING, position)), there(length), widths.tolist(), filled,
                   there(image.flatten().nonzero()[:, 0]), tuple(map(there, targets)), image.sum(1).tolist())
@@ -417,7 +419,8 @@ class MultiCoCo(nn.Module):
             stop = start + width
             position, h, mask = layout.position[:, start:stop], x[:, start:stop], None
             if k:  # chunk 0 needs no mask: with padding on the right, causal is enough
-                thought = hidden[-1][rows, layout.length[:, k - 1].clamp(min=1) - 1]         # [B, D]
+                before = layout.length[:, k - 1].clamp(min=1) - 1  # 0 where the row has no thought k: zeroed below
+                thought = hidden[-1][rows, before]                                           # [B, D]
                 if edit_thought is not None:
                     thought = edit_thought(k, thought)
                 thought = torch.where(layout.length[:, k, None] > 0, thought, 0).to(x.dtype)
@@ -479,10 +482,10 @@ class MultiCoCo(nn.Module):
         rows, eos = torch.arange(B, device=x.device), torch.tensor(c.eos_token_ids, device=x.device)
         last = hidden[rows, layout.slot[rows, length - 1]]                                   # [B, D]
         here = length                                                                        # [B]: the next position
-        table = F.pad(layout.position, (0, max_new_tokens), value=PADDING)                   # [B, S + max_new_tokens]
+        key_position = F.pad(layout.position, (0, max_new_tokens), value=PADDING)            # [B, S + max_new_tokens]
         new = torch.full((B, max_new_tokens), c.pad_token_id, device=x.device)
         wrote, done = torch.zeros_like(rows), torch.zeros_like(rows, dtype=torch.bool)
-        compiled = 'step' in self.__dict__
+        compiled = 'step' in self.__dict__  # it was replaced, see `step`
         for part in sum(cache.kv, []) if compiled else ():
             torch._dynamo.mark_static_address(part, guard=False)  # a CUDA graph may write to it
         for i in range(max_new_tokens):
@@ -498,12 +501,13 @@ class MultiCoCo(nn.Module):
                 if not len(running):
                     break
                 if 2 * len(running) <= len(done) and edit_thought is None and not compiled:
-                    rows, token, last, here, table, done = (t[running] for t in (rows, token, last, here, table, done))
+                    rows, token, last, here, key_position, done = (
+                        t[running] for t in (rows, token, last, here, key_position, done))
                     cache.keep(running)  # rows that ended cost nothing from here on
             thought = last if edit_thought is None else edit_thought(thoughts.shape[1] + i + 1, last)
             x = torch.where((token == c.latent_token_id)[:, None], thought.to(x.dtype), self.embed_text(token))
-            table[:, S + i] = here
-            last = self.step(x, here, (table <= here[:, None])[:, None, None], cache)
+            key_position[:, S + i] = here
+            last = self.step(x, here, (key_position <= here[:, None])[:, None, None], cache)
             here, cache.at = here + 1, cache.at + 1
         return new[:, :int(wrote.max())]
 

@@ -61,11 +61,13 @@ SEEING = re.compile(r'\b(see|sees|seen|look|looks|looking|visible|image|picture|
 
 def fill(template, row):
     """
-    A prompt or answer template with the row's fields. Without an image or choices, what speaks of them is left out.
+    A prompt or answer template with the row's fields. Without an image or choices, what speaks of them is left out: of
+    a prompt the paragraph with {choices}, or the line where {question} is in that too; of an answer all but {answer}.
     """
     choices = row.get('choices') or []
     if not choices:
-        template = '\n\n'.join(part for part in template.split('\n\n') if '{choices}' not in part)
+        parts = [part for part in template.split('\n\n') if '{choices}' not in part or '{question}' in part]
+        template = '\n'.join(line for line in '\n\n'.join(parts).split('\n') if '{choices}' not in line)
         template = '{answer}' if '{letter}' in template or '{choice}' in template else template
     fields = dict(question=row['question'], answer=row.get('answer', ''), explanation=row.get('explanation', ''),
                   choices='\n'.join(f'{letter}. {choice}' for letter, choice in zip(LETTERS, choices)))
@@ -74,7 +76,7 @@ def fill(template, row):
         fields.update(letter=LETTERS[right], choice=choices[right])
     try:
         text = template.format(**fields)
-    except (KeyError, IndexError, ValueError) as error:
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
         raise ValueError(f'the template {template!r} cannot be filled ({type(error).__name__} {error}): it may use '
                          f'{", ".join("{" + f + "}" for f in fields)}') from None
     return text if row.get('image') else text.replace('<image>\n', '').replace('<image>', '')
@@ -276,7 +278,7 @@ def load_image(file):
             image = Image.fromarray((grey / white * 255).clip(0, 255).astype(np.uint8))
         return image.convert('RGB')
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's, on broken files
-        raise ValueError(f'{name} cannot be read as an image: {error}') from None
+        raise ValueError(f'{name} cannot be read as an image: {str(error).split(" <_io")[0]}') from None
 
 
 def tile_grid(width, height, size=448, min_tiles=1, max_tiles=8):
@@ -314,10 +316,7 @@ def tile_image(image, size=448, min_tiles=1, max_tiles=8, thumbnail=True):
 
 
 def load_tiles(row, folder, split, size=448, max_tiles=8, cache=True):
-    """
-    A prepared row's tiles, from the cache or from its image (and then into the cache); None for a row without an
-    image.
-    """
+    """A prepared row's tiles, from the cache, else from its image and into the cache; None without an image."""
     if not row.get('image'):
         return None
     key = repr((size, 1, max_tiles, True, TILING_VERSION, row['image_hash']))
@@ -351,11 +350,10 @@ def read_split(folder, split):
 
 def fitting_rows(split, stage, rows=None, **knobs):
     """The rows of a split, or these, that fit max_length at this stage; the others are counted. knobs: of Rows."""
-    encoded = Rows(read_split(knobs['data_dir'], split) if rows is None else rows, split, stage, **knobs)
-    kept, limit = [row for i, row in enumerate(encoded.rows) if encoded.fits(i)], f'max_length={knobs["max_length"]}'
-    if len(kept) < len(encoded):
-        print(f'stage {stage}: {len(encoded) - len(kept)} of {len(encoded)} {split} rows need more than {limit}: '
-              'dropped')
+    asked = Rows(read_split(knobs['data_dir'], split) if rows is None else rows, split, stage, **knobs)
+    kept, limit = [row for i, row in enumerate(asked.rows) if asked.fits(i)], f'max_length={knobs["max_length"]}'
+    if len(kept) < len(asked):
+        print(f'stage {stage}: {len(asked) - len(kept)} of {len(asked)} {split} rows need more than {limit}: dropped')
     if not kept:
         raise ValueError(f'no {split} row fits {limit} at stage {stage}: raise it, or lower max_tiles')
     return kept
@@ -363,8 +361,7 @@ def fitting_rows(split, stage, rows=None, **knobs):
 
 def digest(folder, *splits):
     """Tells whether two runs saw the same rows."""
-    read = lambda split: open(split_file(folder, split), 'rb').read()
-    return hashlib.sha256(b''.join(map(read, splits))).hexdigest()
+    return hashlib.sha256(b''.join(open(split_file(folder, split), 'rb').read() for split in splits)).hexdigest()
 
 
 def cut_steps(rationale, spans):
@@ -378,6 +375,8 @@ def cut_steps(rationale, spans):
 
 def build_row(raw, split, steps_from='first', max_latent_stage=4):
     """A raw row to (prepared row, None), or to (None, the reason it is dropped)."""
+    if not isinstance(raw['question'], str):
+        return None, 'without a question'
     row = dict(question_id=str(raw.get('question_id', raw.get('idx', ''))), question=raw['question'].strip())
     if 'choices' not in raw:  # Coconut's format
         row.update({key: list(raw[key]) for key in ('steps', 'results') if key in raw}, answer=raw['answer'].strip())
@@ -414,20 +413,20 @@ def read_raw(dataset, data_dir):
         return rows
     import datasets
     datasets.disable_progress_bars()
+    where = dict(path=dataset)
     if os.path.isdir(dataset):
         found = sorted(glob.glob(os.path.join(glob.escape(dataset), '**', '*.parquet'), recursive=True))
         files = {s: [f for f in found if s in os.path.basename(f)] for s in ('train', 'validation', 'test')}
         files = {s: f for s, f in files.items() if f}
         if not files:
             raise ValueError(f'{dataset} holds no train*.parquet, validation*.parquet or test*.parquet file')
-        loaded = datasets.load_dataset('parquet', data_files=files, cache_dir=os.path.join(data_dir, 'cache', 'arrow'))
-    else:
-        try:
-            loaded = datasets.load_dataset(dataset)
-        except Exception as error:  # the hub's client raises many kinds; each means the data set cannot be had
-            raise OSError(f'the data set {dataset} could not be had ({type(error).__name__}): give a local folder of '
-                          'its parquet files with --dataset=FOLDER, or draw the built-in one with config/toy.py'
-                          ) from None
+        where = dict(path='parquet', data_files=files, cache_dir=os.path.join(data_dir, 'cache', 'arrow'))
+    try:
+        loaded = datasets.load_dataset(**where)
+    except Exception as error:  # hub and file readers raise many kinds; each means the data set cannot be had
+        raise OSError(f'the data set {dataset} could not be had ({type(error).__name__}): give a local folder of its '
+                      'whole parquet files with --dataset=FOLDER, or draw the built-in one with config/toy.py'
+                      ) from None
     columns = next(iter(loaded.values())).column_names
     lacking = {'image', 'question', 'choices', 'correct_choice_idx', 'rationales'} - set(columns)
     if lacking:

@@ -46,7 +46,7 @@ def find_images(image):
             raise ValueError(f'the folder {image} holds no image: give a file, or a folder of png, jpg, webp, bmp or '
                              'gif files')
         return [os.path.join(image, n) for n in names]
-    return [name.strip() for name in image.split(',')] if image else [None]
+    return [name.strip() for name in image.split(',') if name.strip()] or [None]
 
 
 if __name__ == '__main__':
@@ -62,8 +62,8 @@ if __name__ == '__main__':
     # --- rows ---------------------------------------------------------------------------------------------------------
     options = [c.strip() for c in choices.split('|')] if choices else []
     if options and (not 2 <= len(options) <= len(LETTERS) or not all(options)):
-        raise ValueError(f'--choices={choices!r} gives {len(options)} options: expected 2 to {len(LETTERS)}, as in '
-                         '"cat|dog|bird"')
+        raise ValueError(f'--choices={choices!r} gives {len(options)} options: expected 2 to {len(LETTERS)}, none of '
+                         'them empty, as in "cat|dog|bird"')
     of_text = 'mode', 'c_thought', 'max_latent_stage', 'prompt', 'answer', 'template', 'visual_bridge'
     text = {k: knobs[k] for k in of_text}
     if num_thoughts >= 0:

@@ -858,6 +858,17 @@ def test_text_only_rows():
         'Is Tom a dog?\n', 1, '### No.')
 
 
+def test_a_prompt_without_choices_keeps_its_question():
+    """Where the choices stand in the question's own paragraph only their line goes."""
+    row = dict(question='Is Tom a dog?', image='x.png')
+    assert prepare.fill('<image>{question}\n{choices}\n', row) == '<image>Is Tom a dog?\n'
+    assert prepare.fill(prepare.PROMPT, row) == '<image>\nQuestion: Is Tom a dog?\n\nLet me think step by step:\n'
+    assert prepare.fill('{question}\n\nChoices:\n{choices}\n\nA:', row) == 'Is Tom a dog?\n\nA:'
+    for wrong in ('{question.x}', '{question[x]}', '{other}', '{', '{0}'):
+        with pytest.raises(ValueError, match='cannot be filled'):
+            prepare.fill(wrong, row)
+
+
 def test_visual_bridge():
     bridge = lambda stage: prepare.build_text(ROW, stage, visual_bridge=True)
     assert bridge(0)[2].startswith('Looking at the image, It is windy.') and 'Analyzing' not in bridge(0)[0]
@@ -1744,6 +1755,14 @@ def test_bad_input_gets_one_sentence(run, tmp_path):
     assert 'no train row fits max_length=20 at stage 0' in train('--max_length=20')
     assert 'run prepare.py with the same config first' in train('--data_dir=nowhere', f'--init_from={best}')
     assert "mode='coco'" in train('--mode=coco')
+    assert 'eval_batch_size=0: expected 1 or more' in train('--eval_batch_size=0')
+    assert 'c_thought=-1: expected 0 or more' in train('--c_thought=-1')
+    assert 'cannot be filled' in train('--answer={othr}') and not (tmp_path / 'out').exists()
+    assert 'run prepare.py with the same config first' in train('--data_dir=nowhere')
+    (tmp_path / 'file').write_text('not a folder')
+    assert 'cannot be written (' in train(f'--out_dir={tmp_path}/file/out')
+    (tmp_path / 'text.pt').write_text('no checkpoint')
+    assert 'text.pt is not a whole checkpoint' in train(f'--init_from={tmp_path}/text.pt')
     assert 'expected True or False' in train('--reset_optimizer=1')
     assert "intervene='zeroes': expected zero, noise" in train('--intervene=zeroes')
     assert 'compare=nowhere: no answers_*.json there' in train('--compare=nowhere')
@@ -1796,6 +1815,8 @@ def test_a_cut_last_checkpoint_is_said_and_nothing_chosen(run, tmp_path):
     said = script('train.py', *args, fails=True)
     assert ('last.pt is not a whole checkpoint' in said and 'the newest whole one is' in said
             and 'epoch_1.pt, after step 3: copy it to' in said)
+    os.remove(tmp_path / 'out' / 'last.pt')
+    assert 'epoch_1.pt, after step 3: copy it to' in script('train.py', *args, fails=True)
     shutil.copy(tmp_path / 'out' / 'epoch_1.pt', tmp_path / 'out' / 'last.pt')
     script('train.py', *args)
     assert_same_run(top / 'out', tmp_path / 'out')

@@ -66,8 +66,9 @@ def draw(folder, rows, seed, hops=HOPS):
     """
     if not 1 <= hops < len(NUMBERS):
         raise ValueError(f'hops={hops}: expected 1 to {len(NUMBERS) - 1}')
-    from datasets import Dataset, Features, List, Value
+    from datasets import Dataset, Features, List, Value, disable_progress_bars
     from datasets import Image as ImageFeature
+    disable_progress_bars()
     text = Value('string')
     features = Features(image=ImageFeature(), question_id=text, question=text, choices=List(text),
                         correct_choice_idx=Value('int8'), direct_answers=text, difficult_direct_answer=Value('bool'),

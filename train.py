@@ -43,7 +43,7 @@ from configurator import configure
 from evaluate import Evaluation, all_ranks, describe
 from model import Config, MultiCoCo, load_checkpoint, load_tokenizer, peak_memory, pick_device, pick_dtype
 from prepare import ANSWER, PROMPT, Rows, batches, build_text, micro_batches, supervised
-from prepare import digest, fitting_rows, split_file
+from prepare import digest, fitting_rows, read_split, split_file
 
 # --- knobs: data ------------------------------------------------------------------------------------------------------
 data_dir = 'data/aokvqa'        # what prepare.py made
@@ -122,7 +122,7 @@ STATE = ('epoch', 'place', 'step', 'stage', 'accuracy', 'best')  # what the loop
 SIGNALS = []                                                     # those that asked this process to stop
 
 
-class Stage(NamedTuple):
+class Stage(NamedTuple):  # a part of the schedule; `now` is one of these
     stage: int
     epochs: int
     rows: list        # training rows that fit max_length at this stage
@@ -183,8 +183,7 @@ def preview(now):
           f'{rates[0]:.1e} to {max(rates):.1e} to {rates[-1]:.1e}{mixed}\n'
           f'--- training row {now.rows[0]["question_id"]}, {len(ids)} tokens; supervised is what stands in [[ ]]\n'
           f'{text(ids[:start])}[[{text(ids[start:])}]]\n'
-          f'--- prompt of validation row {now.validation[0]["question_id"]}, {len(asked)} tokens\n{text(asked)}',
-          flush=True)
+          f'--- prompt of validation row {now.validation[0]["question_id"]}, {len(asked)} tokens\n{text(asked)}')
 
 
 # --- optimization, and how a run ends ---------------------------------------------------------------------------------
@@ -277,7 +276,7 @@ def load_last():
     path = os.path.join(out_dir, 'last.pt')
     try:
         return load_checkpoint(path)
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         for other in sorted(glob.glob(os.path.join(out_dir, 'epoch_*.pt')), key=os.path.getmtime, reverse=True):
             with suppress(ValueError):
                 reached = read_checkpoint(other)['step']
@@ -289,8 +288,7 @@ def load_last():
 def refuse_changes(saved):
     """Raises ValueError where going on from `saved` would not be the run that it began as."""
     if 'optimizer' not in saved:
-        raise ValueError(f'{out_dir}/last.pt holds no optimizer state: only a last.pt or an epoch_k.pt can be resumed '
-                         'from')
+        raise ValueError(f'{out_dir}/last.pt holds no optimizer state: put a last.pt or an epoch_k.pt in its place')
     changed = [f'{k}={knobs[k]!r} (was {v!r})' for k, v in saved['knobs'].items()
                if k not in FREE and knobs.get(k, v) != v]
     changed += [f'data_dir={data_dir!r} (its rows are not those the run began with)'] if saved['data'] != data else []
@@ -320,8 +318,7 @@ if __name__ == '__main__':
         sys.stdout = open(os.devnull, 'w')
     knobs = configure(globals())
     globals().update(knobs)
-    if threads:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads or torch.get_num_threads())
     device = pick_device(device)
     if device == 'cuda':
         if local_rank >= torch.cuda.device_count():
@@ -335,6 +332,13 @@ if __name__ == '__main__':
     if micro < 1 or batch_size % (micro * world):
         raise ValueError(f'batch_size={batch_size} is not a multiple of {micro * world}: {world} rank(s) with '
                          f'micro-batches of {micro}; change one of them')
+    for key, value in knobs.items():
+        least = int(key in ('batch_size', 'eval_batch_size', 'log_interval', 'max_new_tokens', 'max_tiles'))
+        if isinstance(value, (int, float)) and value < least:
+            raise ValueError(f'{key}={value}: expected {least} or more')
+    text_knobs = dict(mode=mode, c_thought=c_thought, max_latent_stage=max_latent_stage, prompt=prompt, answer=answer,
+                      pad_latent_to_max=pad_latent_to_max, template=template, visual_bridge=visual_bridge)
+    build_text(read_split(data_dir, 'validation')[0], 0, **text_knobs)  # what it refuses, before a model is loaded
     probe.expand(intervene)
     for folder in filter(None, compare.split(',')):
         if not glob.glob(os.path.join(folder, 'answers_*.json')):
@@ -380,8 +384,6 @@ if __name__ == '__main__':
     meter, provenance, starts, lines, wandb_run = Counter(), start_of_run(), [], b'', None
 
     # --- data and schedule --------------------------------------------------------------------------------------------
-    text_knobs = dict(mode=mode, c_thought=c_thought, max_latent_stage=max_latent_stage, prompt=prompt, answer=answer,
-                      pad_latent_to_max=pad_latent_to_max, template=template, visual_bridge=visual_bridge)
     row_knobs = dict(tokenizer=tokenizer, data_dir=data_dir, image_size=config.image_size, max_tiles=max_tiles,
                      cache_tiles=cache_tiles, max_length=max_length, num_image_tokens=config.num_image_tokens,
                      seed=seed, **text_knobs)
@@ -389,7 +391,7 @@ if __name__ == '__main__':
                             check=lambda: SIGNALS and leave(),  # last.pt was written before the evaluation began
                             out_dir=out_dir, log=log, write=write, intervene=intervene, compare=compare)
     if eval_only:
-        os.makedirs(out_dir, exist_ok=True)
+        write('run.json', [provenance])
         stage = saved.get('stage', 0)  # a checkpoint that is not ours writes its steps
         for key, value in text_knobs.items():
             if saved.get('knobs', {}).get(key, value) != value:
@@ -439,7 +441,7 @@ if __name__ == '__main__':
         save('last.pt')  # from here on the run can be killed at any moment
 
     # --- the loop -----------------------------------------------------------------------------------------------------
-    while epoch < len(epochs) and (step < last_step or place):  # a kill before its evaluation leaves an epoch to end
+    while epoch < len(epochs) and (step < last_step or place):  # place: one was trained in, but not evaluated yet
         now = epochs[epoch]
         if now.stage != stage:
             stage = now.stage
