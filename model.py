@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute
 
 from checkpoint import IMG_CONTEXT, LATENT
 from checkpoint import load_tokenizer, load_weights, read_checkpoint, read_pretrained, tokenizer_from
@@ -400,8 +400,8 @@ class MultiCoCo(nn.Module):
         cos, sin = rotary(position, self.config.head_dim, self.config.rope_theta)
         for i, layer in enumerate(self.language_model.model.layers):
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x, k, v = checkpoint(layer, x, cos, sin, mask, cache.extend(i), filled,
-                                     use_reentrant=False, preserve_rng_state=False)
+                x, k, v = recompute(layer, x, cos, sin, mask, cache.extend(i), filled,
+                                    use_reentrant=False, preserve_rng_state=False)
             else:
                 x, k, v = layer(x, cos, sin, mask, cache.extend(i), filled)
             cache.append(i, k, v)

@@ -1,5 +1,5 @@
-# InternVL3-1B on A-OKVQA, multiple choice. Expected accuracy: not measured yet (chance 25.0; fine-tuned PaliGemma-3B has 76.4 to 76.9).
-# One 80 GB GPU; the time has not been measured.
+# InternVL3-1B on A-OKVQA, multiple choice. Expected accuracy: not measured yet (chance 25.0; fine-tuned PaliGemma-3B has
+# 76.4 to 76.9). One 80 GB GPU; the time has not been measured.
 #     python prepare.py && python train.py config/aokvqa.py --max_latent_stage=4
 dataset = 'HuggingFaceM4/A-OKVQA'
 data_dir = 'data/aokvqa'
@@ -18,7 +18,7 @@ max_length = 2560
 batch_size = 32              # global; Coconut used 128
 micro_batch_size = 4         # what one GPU holds at a time
 learning_rate = 5e-5         # instruct models are known to want less, near 1e-5: try it for the chat checkpoint
-freeze_vision = True         # 17,056 questions are few for 300M parameters that already see well, and it saves a third of the memory
+freeze_vision = True         # 17,056 questions are few for 300M parameters that see well; saves a third of the memory
 activation_checkpointing = True
 dtype = 'bfloat16'
 num_workers = 4              # for each GPU

@@ -1,5 +1,5 @@
-# The built-in data set and a model of 0.2M parameters, from scratch. Expected: 100 % of the test split (chance 25 %), 20 to 26 % with the
-# thoughts of another image; 3 to 6 minutes on two CPU cores.
+# The built-in data set and a model of 0.2M parameters, from scratch. Expected: 100 % of the test split (chance 25 %), 20
+# to 26 % with the thoughts of another image; 3 to 6 minutes on two CPU cores.
 #     python prepare.py config/toy.py && python train.py config/toy.py
 dataset = 'toy'
 data_dir = 'data/toy'
@@ -40,7 +40,5 @@ max_tiles = 1
 batch_size = 64
 eval_batch_size = 250
 beta2 = 0.98
-adam_eps = 1e-5              # at 1e-8 a fresh optimizer takes full steps along gradients that are all but 0, and a solved stage is lost
-weight_decay = 0.01
-warmup_steps = 50
+adam_eps = 1e-5              # at 1e-8 a fresh optimizer takes full steps along gradients near 0: solved stages are lost
 threads = 1                  # the model is so small that a second one brings little; it is left to the data
