@@ -310,8 +310,8 @@ def replacing(path):
             raise OSError(f'the disk is full: {path} was not written, what was there before is untouched; free some '
                           'space') from None
         if isinstance(error, OSError):
-            raise OSError(f'{path} cannot be written ({error.strerror}): give another folder, or make this one '
-                          'writable') from None
+            raise OSError(f'{path} cannot be written ({error.strerror or error}): give another folder, or make this '
+                          'one writable') from None
         raise
     finally:
         if os.path.exists(part):

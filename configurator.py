@@ -49,7 +49,7 @@ def parse(defaults, argv, elsewhere=()):
         except Exception as error:  # whatever the user's file raises is the user's to read
             raise ValueError(f'{file} does not run: {type(error).__name__}: {error}') from None
         for key, value in settings.items():
-            if key[0] == '_' or isinstance(value, type(os)) or key in elsewhere and key not in defaults:
+            if key.startswith('_') or isinstance(value, type(os)) or key in elsewhere and key not in defaults:
                 continue
             kind = type(lookup(defaults, key, file, elsewhere))
             value = float(value) if kind is float and type(value) is int else value
@@ -61,8 +61,8 @@ def parse(defaults, argv, elsewhere=()):
         try:
             values[key] = {'True': True, 'False': False}[text] if kind is bool else kind(text)
         except (ValueError, KeyError):
-            kind = 'True or False' if kind is bool else kind.__name__
-            raise ValueError(f'--{key}={text}: expected {kind}, as in --{key}={defaults[key]}') from None
+            form = 'True or False' if kind is bool else kind.__name__
+            raise ValueError(f'--{key}={text}: expected {form}, as in --{key}={defaults[key]}') from None
         sources[key] = 'flag'
     return values, sources
 

@@ -71,11 +71,15 @@ def describe(metrics):
 
 # --- a run's evaluations ----------------------------------------------------------------------------------------------
 
+def this_rank():
+    """Its number, and that of all ranks."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def all_ranks(value):
     """What each rank gave, in a list. Numbers of the host stay there: no GPU is waited for."""
-    values = [value]
-    if dist.is_initialized():
-        values *= dist.get_world_size()
+    values = [value] * this_rank()[1]
+    if len(values) > 1:
         dist.all_gather_object(values, value)
     return values
 
@@ -112,7 +116,7 @@ class Evaluation:
         """
         self.model.eval()
         cuts = math.ceil(len(rows) / (batch_size or self.batch_size))
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        rank, world = this_rank()
         groups = [group.tolist() for group in np.array_split(np.arange(len(rows)), cuts)][rank::world]
         load = lambda **more: zip(groups, batches(Rows(rows, split, stage, **{**self.row_knobs, **text, **more}),
                                                   groups, **self.loading))
@@ -204,7 +208,7 @@ class Evaluation:
             table = probe.read(self.model, self.tokenizer, thoughts, rows)
             print(*probe.describe_thoughts(table), sep='\n', flush=True)
             self.write(f'thoughts_{split}.json', table)
-            if not dist.is_initialized() or dist.get_rank() == 0:
+            if this_rank()[0] == 0:
                 path = os.path.join(self.out_dir, f'thoughts_{split}.png')
                 probe.draw_thoughts(path, self.model, self.tokenizer, thoughts, rows, table)
         return thoughts

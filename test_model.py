@@ -1384,7 +1384,11 @@ def test_micro_batches_and_stopping_inside_an_epoch(run):
     # more workers change no row and no order
     script('train.py', *args, f'--out_dir={top}/resumed', '--init_from=resume', '--num_workers=2')
     assert_same_run(top / 'out', top / 'resumed')
-    assert len(json.load(open(top / 'resumed' / 'run.json'))) == 3
+    starts = lambda: [start['command'] for start in json.load(open(top / 'resumed' / 'run.json'))]
+    before = starts()
+    assert len(before) == 3
+    script('train.py', *args, f'--out_dir={top}/resumed', '--init_from=resume', '--eval_only=True')
+    assert len(starts()) == 4 and starts()[:3] == before  # an evaluation in the run's folder lets none of its starts go
     assert torch.load(top / 'resumed' / 'last.pt', weights_only=True)['knobs']['init_from'] == 'scratch'
     assert 'batch_size=16 is not a multiple of 5: 1 rank(s)' in script(
         'train.py', *args, f'--out_dir={top}/m', '--micro_batch_size=5', fails=True)
@@ -1607,8 +1611,8 @@ def test_pause_feeds_nothing_back(run):
         assert thought['norm_ratio'] == pytest.approx(pause / usual, rel=1e-5)
     c = model.config
     rows = prepare.Rows(
-        prepare.read_split(str(top / 'data'), 'validation'), 'validation', 1, tokenizer, str(top / 'data'), c.image_size,
-        max_tiles=1, num_image_tokens=c.num_image_tokens, mode='pause', c_thought=2,
+        prepare.read_split(str(top / 'data'), 'validation'), 'validation', 1, tokenizer, str(top / 'data'),
+        c.image_size, max_tiles=1, num_image_tokens=c.num_image_tokens, mode='pause', c_thought=2,
         prompt='<image>{question}\n{choices}\n', answer='{choice} {letter}')
     batch = prepare.collate([rows[i] for i in range(17)])
     logged = events(out, 'final')[0]['loss']
@@ -1757,6 +1761,8 @@ def test_bad_input_gets_one_sentence(run, tmp_path):
     assert "mode='coco'" in train('--mode=coco')
     assert 'eval_batch_size=0: expected 1 or more' in train('--eval_batch_size=0')
     assert 'c_thought=-1: expected 0 or more' in train('--c_thought=-1')
+    assert 'batch_size=0: expected 1 or more' in train('--batch_size=0')
+    assert 'threads=-1: expected 0 or more' in train('--threads=-1')
     assert 'cannot be filled' in train('--answer={othr}') and not (tmp_path / 'out').exists()
     assert 'run prepare.py with the same config first' in train('--data_dir=nowhere')
     (tmp_path / 'file').write_text('not a folder')

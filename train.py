@@ -169,7 +169,7 @@ def learning_rate_at(step, now):
 def preview(now):
     """One stage as it will be trained and asked."""
     texts = [build_text(row, now.stage, **text_knobs) for row in now.rows]
-    span = lambda numbers: '{}'.format(*numbers) if len(numbers) == 1 else f'{min(numbers)} to {max(numbers)}'
+    span = lambda numbers: f'{min(numbers)}' if len(numbers) == 1 else f'{min(numbers)} to {max(numbers)}'
     thoughts, words = {n for _, n, _ in texts}, {target.count('\n') - answer.count('\n') for *_, target in texts}
     rates = [learning_rate_at(s, now) for s in range(now.first, now.first + now.steps * now.epochs)]
     mixed = f', each row with chance {uniform_prob:g} at an earlier stage' if uniform_prob and now.stage else ''
@@ -241,8 +241,8 @@ def report_step(seconds):
     usual = model.language_model.model.embed_tokens.weight.norm(dim=-1).mean()
     fed = out.thoughts.detach().norm(dim=-1)                                                  # [B, n]
     v = dict(loss=loss, token_accuracy=hits, lr=lr, grad_norm=norm, memory_gb=peak_memory(device) / 1e9,
-             **{f'{of}_per_s': meter[of] / seconds for of in ('tokens', 'images')}, wait=meter['wait'] / seconds,
-             thought_ratio=(fed[fed > 0].mean() / usual).item() if fed.any() else 0.0)
+             tokens_per_s=meter['tokens'] / seconds, images_per_s=meter['images'] / seconds,
+             wait=meter['wait'] / seconds, thought_ratio=(fed[fed > 0].mean() / usual).item() if fed.any() else 0.0)
     eta = int((last_step - step) * elapsed() / step)
     print(f'step {step:6d}/{last_step} | stage {stage} | loss {loss:7.4f} | acc {100 * hits:5.1f} % | lr {lr:.1e} | '
           f'grad {norm:6.2f} | thought {v["thought_ratio"]:4.2f} | {v["tokens_per_s"]:6.0f} tok/s | '
@@ -318,6 +318,10 @@ if __name__ == '__main__':
         sys.stdout = open(os.devnull, 'w')
     knobs = configure(globals())
     globals().update(knobs)
+    for key, value in knobs.items():
+        least = int(key in ('batch_size', 'eval_batch_size', 'log_interval', 'max_new_tokens', 'max_tiles'))
+        if isinstance(value, (int, float)) and value < least:
+            raise ValueError(f'{key}={value}: expected {least} or more')
     torch.set_num_threads(threads or torch.get_num_threads())
     device = pick_device(device)
     if device == 'cuda':
@@ -332,10 +336,6 @@ if __name__ == '__main__':
     if micro < 1 or batch_size % (micro * world):
         raise ValueError(f'batch_size={batch_size} is not a multiple of {micro * world}: {world} rank(s) with '
                          f'micro-batches of {micro}; change one of them')
-    for key, value in knobs.items():
-        least = int(key in ('batch_size', 'eval_batch_size', 'log_interval', 'max_new_tokens', 'max_tiles'))
-        if isinstance(value, (int, float)) and value < least:
-            raise ValueError(f'{key}={value}: expected {least} or more')
     text_knobs = dict(mode=mode, c_thought=c_thought, max_latent_stage=max_latent_stage, prompt=prompt, answer=answer,
                       pad_latent_to_max=pad_latent_to_max, template=template, visual_bridge=visual_bridge)
     build_text(read_split(data_dir, 'validation')[0], 0, **text_knobs)  # what it refuses, before a model is loaded
@@ -381,7 +381,9 @@ if __name__ == '__main__':
     epoch = place = step = 0     # whole epochs done, batches of the next one, optimizer steps
     accuracy, best = 0.0, None   # latest validation accuracy; [stage, accuracy, -loss] of best.pt
     before, started, optimizer = 0.0, time.time(), new_optimizer()
-    meter, provenance, starts, lines, wandb_run = Counter(), start_of_run(), [], b'', None
+    meter, provenance, lines, wandb_run = Counter(), start_of_run(), b'', None
+    runs = os.path.join(out_dir, 'run.json')
+    starts = json.load(open(runs)) if (eval_only or init_from == 'resume') and os.path.isfile(runs) else []
 
     # --- data and schedule --------------------------------------------------------------------------------------------
     row_knobs = dict(tokenizer=tokenizer, data_dir=data_dir, image_size=config.image_size, max_tiles=max_tiles,
@@ -391,7 +393,7 @@ if __name__ == '__main__':
                             check=lambda: SIGNALS and leave(),  # last.pt was written before the evaluation began
                             out_dir=out_dir, log=log, write=write, intervene=intervene, compare=compare)
     if eval_only:
-        write('run.json', [provenance])
+        write('run.json', [*starts, provenance])
         stage = saved.get('stage', 0)  # a checkpoint that is not ours writes its steps
         for key, value in text_knobs.items():
             if saved.get('knobs', {}).get(key, value) != value:
@@ -421,7 +423,6 @@ if __name__ == '__main__':
         knobs['init_from'] = saved['knobs']['init_from']
         with open(os.path.join(out_dir, 'metrics.jsonl'), 'rb') as f:
             lines = f.read()[:saved['log_size']]  # what came after will be logged again
-        starts = json.load(open(os.path.join(out_dir, 'run.json')))
         print(f'resumed in stage {stage} after {epoch} epochs, {step} steps')
     saved = None
     earlier = ['*.pt', 'metrics_epoch_*', 'predictions_*', 'answers_*', 'thoughts_*', 'curves.png']
@@ -514,8 +515,7 @@ if __name__ == '__main__':
             break
 
     # --- what came out ------------------------------------------------------------------------------------------------
-    if world > 1:
-        dist.barrier()  # best.pt is whole
+    all_ranks(None)  # here none is before best.pt is whole
     saved = read_checkpoint(os.path.join(out_dir, 'best.pt'))
     model.load_state_dict(saved['model'])
     stage, epoch, step = saved['stage'], saved['epoch'], saved['step']
