@@ -34,12 +34,27 @@ def load_tokenizer(name_or_path):
 
 
 def read_tokenizer(folder):
+    """
+    From the tokenizer's own files alone, tokenizer.json or Qwen2's vocab.json and merges.txt. config.json and
+    tokenizer_config.json may name code of the folder: transformers' Auto classes would ask to run it.
+    """
+    def has(*names):
+        return all(os.path.isfile(os.path.join(folder, name)) for name in names)
+
+    if has('tokenizer.json'):
+        kind = transformers.PreTrainedTokenizerFast
+    elif has('vocab.json', 'merges.txt'):
+        kind = transformers.Qwen2TokenizerFast
+    else:
+        raise OSError(f'no tokenizer could be loaded from {folder}: it holds neither tokenizer.json nor vocab.json '
+                      'and merges.txt')
     verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # it warns of internvl_chat, whose config it need not know
+    transformers.logging.set_verbosity_error()  # it warns of another class's name in tokenizer_config.json
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise OSError(f'no tokenizer could be loaded from {folder}: {str(error).splitlines()[0]}') from None
+        return kind.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the file readers raise many kinds; each means that a file is damaged
+        raise OSError(f'no tokenizer could be loaded from {folder} ({type(error).__name__}: '
+                      f'{str(error).splitlines()[0][:200]}): download it again') from None
     finally:
         transformers.logging.set_verbosity(verbosity)
 
@@ -47,7 +62,7 @@ def read_tokenizer(folder):
 def add_special_tokens(tokenizer):
     known = tokenizer.get_vocab()
     new = [AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS if t not in known]
-    tokenizer.add_special_tokens({'additional_special_tokens': new}, replace_extra_special_tokens=False)
+    tokenizer.add_tokens(new, special_tokens=True)
     for token in SPECIAL_TOKENS:
         ids, own = tokenizer.encode(f'a{token}b', add_special_tokens=False), tokenizer.convert_tokens_to_ids(token)
         assert ids.count(own) == 1, f'{token} is not a token of its own: it became {ids}'
@@ -92,16 +107,33 @@ def fetch(name_or_path):
                       'set with config/toy.py') from None
 
 
+def read_json(path):
+    """A checkpoint's JSON file. ValueError where it is damaged."""
+    try:
+        with open(path, encoding='utf-8-sig') as f:
+            return json.load(f)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f'{path} is not a whole JSON file ({error}): download it again') from None
+
+
 def weight_files(folder):
     """Tensor name -> its safetensors file, and tensor name -> shape, of a checkpoint folder."""
-    index, single = (os.path.join(folder, name) for name in ('model.safetensors.index.json', 'model.safetensors'))
-    if not os.path.isfile(os.path.join(folder, 'config.json')):
+    def at(name):
+        return os.path.join(folder, name)
+
+    if not os.path.isfile(at('config.json')) and os.path.isfile(at('adapter_config.json')):
+        raise FileNotFoundError(f'{folder} holds a LoRA adapter alone (adapter_config.json): merge it into its base '
+                                'model and give the folder of the result')
+    if not os.path.isfile(at('config.json')):
         raise FileNotFoundError(f'{folder} holds no config.json: give the folder of a whole InternVL checkpoint')
-    paths = [single]
-    if os.path.isfile(index):
-        with open(index, encoding='utf-8') as f:
-            paths = [os.path.join(folder, name) for name in sorted(set(json.load(f)['weight_map'].values()))]
-    elif not os.path.isfile(single):
+    if os.path.isfile(at('model.safetensors')):  # an index beside it is left from before, as in transformers
+        paths = [at('model.safetensors')]
+    elif os.path.isfile(at('model.safetensors.index.json')):
+        index = read_json(at('model.safetensors.index.json'))
+        if not isinstance(index, dict) or not isinstance(index.get('weight_map'), dict):
+            raise ValueError(f'{at("model.safetensors.index.json")} holds no weight_map: download it again')
+        paths = [at(name) for name in sorted(set(index['weight_map'].values()))]
+    else:
         raise FileNotFoundError(f'{folder} holds no model.safetensors and no model.safetensors.index.json: only '
                                 'safetensors are read, so convert .bin files first')
     files, shapes = {}, {}
@@ -114,7 +146,11 @@ def weight_files(folder):
                 files.update((name, path) for name in file.keys())
                 shapes.update((name, file.get_slice(name).get_shape()) for name in file.keys())
         except SafetensorError as error:
-            raise ValueError(f'{path} is damaged ({error}): download it again') from None
+            with open(path, 'rb') as f:
+                pointer = f.read(40).startswith(b'version https://git-lfs')
+            found = "is only git-lfs's pointer to the file: run git lfs pull" if pointer else (
+                f'is damaged ({error}): download it again')
+            raise ValueError(f'{path} {found}') from None
     return files, shapes
 
 
@@ -143,8 +179,16 @@ KEYS = {re.compile(pattern): ours for pattern, ours in {
     r'multi_modal_projector\.linear_2\.(.+)': r'mlp1.3.\1'}.items()}
 
 
+# what some scripts save and no model needs: they are computed
+BUFFERS = re.compile(r'.+\.rotary_emb\.inv_freq|.+\.position_ids')
+
+
 def rename(name):
     """A file's tensor name -> (our name, 'q', 'k' or 'v' if it is a third of our fused qkv)."""
+    # as transformers holds them in memory, and Trainer, FSDP and DeepSpeed scripts write them
+    name = re.sub(r'^model\.language_model\.', 'language_model.model.', name)
+    name = re.sub(r'^model\.(?=vision_tower\.|multi_modal_projector\.)', '', name)
+    name = re.sub(r'^lm_head\.', 'language_model.lm_head.', name)
     for pattern, ours in KEYS.items():
         if match := pattern.fullmatch(name):
             return (name if ours is None else match.expand(ours)), match.groupdict().get('third')
@@ -167,60 +211,146 @@ def to_our_names(tensors, source):
     return weights
 
 
-def with_mean_rows(matrix, known, rows):
-    """Embedding or head [V, D] with `rows` rows; those of ids that no token had are the mean of those that one had."""
-    had = torch.zeros(rows, dtype=torch.bool)
+def with_mean_rows(matrix, known, added, rows):
+    """
+    Embedding or head [V, D] with `rows` rows: those of the ids `added`, and all beyond V, are the mean of those of
+    the ids `known`. Spare rows that no token uses stay as they are.
+    """
+    had = torch.zeros(len(matrix), dtype=torch.bool)
     had[[i for i in known if i < len(matrix)]] = True
-    parts = zip(matrix.split(8192), had[:len(matrix)].split(8192))  # float32 copies of a few rows at a time
+    parts = zip(matrix.split(8192), had.split(8192))  # float32 copies of a few rows at a time
     mean = sum(part[here].float().sum(0) for part, here in parts) / had.sum()
     grown = matrix.new_empty(rows, matrix.shape[1])
     grown[:len(matrix)] = matrix
-    grown[~had] = mean.to(matrix.dtype)
+    grown[len(matrix):] = mean.to(matrix.dtype)
+    grown[list(added)] = mean.to(matrix.dtype)
     return grown
+
+
+SUPPORTED = 'InternVL2.5 1B and 4B, InternVL3 1B, 2B, 8B and 14B, and InternVL3.5 with Qwen3 are'
+
+
+def rope_of(t):
+    """A text config's (theta, kind, longest input for which plain RoPE is what it asks for)."""
+    rope = t.get('rope_parameters') or {}
+    scaling = t.get('rope_scaling') or rope
+    if any(isinstance(value, dict) for value in rope.values()):
+        return 0.0, 'another one in each kind of layer', 0
+    theta = float(rope.get('rope_theta') or t.get('rope_theta') or 1e4)
+    kind = scaling.get('rope_type') or scaling.get('type') or 'default'
+    longest = t['max_position_embeddings']
+    if kind == 'dynamic':
+        longest = min(longest, scaling.get('original_max_position_embeddings') or longest)
+    return theta, kind, longest
+
+
+def slides(t):
+    """Whether a text config has layers that see only a window shorter than its inputs may be."""
+    window, layers = t.get('sliding_window'), t['num_hidden_layers']
+    if not t.get('use_sliding_window') or not window or window >= t['max_position_embeddings']:
+        return False
+    if t.get('layer_types'):
+        return 'sliding_attention' in t['layer_types']
+    return layers > t.get('max_window_layers', 28)
+
+
+def foreign(c, t):
+    """Why these are not the weights of a Qwen2 or Qwen3 decoder as it is, in words; '' where they are."""
+    kind = t.get('model_type')
+    for wrong, reason in (
+            (kind not in ('qwen2', 'qwen3'), f'its decoder is {kind}, not qwen2 or qwen3'),
+            (c.get('quantization_config'), 'it is quantized (quantization_config)'),
+            (c.get('use_llm_lora') or c.get('use_backbone_lora'),
+             'it holds LoRA weights that are not merged (use_llm_lora, use_backbone_lora)')):
+        if wrong:
+            return reason
+    return ''
+
+
+def unsupported(c, t, v):
+    """The first value of config.json that this code would compute otherwise, in words; '' for none."""
+    kind, (_, rope, _) = t.get('model_type'), rope_of(t)
+    partial = (t.get('rope_parameters') or {}).get('partial_rotary_factor', t.get('partial_rotary_factor', 1.0))
+    patch, size = v.get('patch_size', 14), v.get('image_size', 448)
+    for wrong, reason in (
+            (v.get('qk_normalization') or v.get('use_qk_norm') or v.get('norm_type') == 'rms_norm',
+             'its vision tower is InternViT-6B with query/key norm, which timm cannot express'),
+            (not v.get('qkv_bias', v.get('attention_bias')), 'its vision tower has no bias on q, k, v'),
+            (v.get('hidden_act', 'gelu') != 'gelu', f'its vision hidden_act is {v.get("hidden_act")}, not gelu'),
+            (v.get('num_channels', 3) != 3, f'its vision num_channels is {v.get("num_channels")}, not 3'),
+            (v.get('norm_type', 'layer_norm') != 'layer_norm', f'its vision norm_type is {v.get("norm_type")}'),
+            (not v.get('use_absolute_position_embeddings', True), 'its vision tower has no position embeddings'),
+            (not v.get('use_mean_pooling', True), 'its vision tower has a final norm (use_mean_pooling is false)'),
+            (any(isinstance(x, list) and len(set(x)) > 1 for x in (patch, size)),
+             f'its tiles or patches are not square ({size}, {patch})'),
+            (c.get('projector_hidden_act', 'gelu') != 'gelu',
+             f'its projector_hidden_act is {c.get("projector_hidden_act")}, not gelu'),
+            (c.get('select_layer', c.get('vision_feature_layer', -1)) != -1,
+             'it reads an inner layer of the vision tower (select_layer, vision_feature_layer)'),
+            (c.get('vision_feature_select_strategy', 'default') != 'default',
+             f'its vision_feature_select_strategy is {c.get("vision_feature_select_strategy")}'),
+            (c.get('ps_version', 'v2') not in ('v1', 'v2'), f'its ps_version is {c.get("ps_version")}'),
+            (t.get('hidden_act', 'silu') != 'silu', f'its decoder\'s hidden_act is {t.get("hidden_act")}, not silu'),
+            (kind == 'qwen3' and t.get('attention_bias'), 'its decoder has attention_bias'),
+            (rope not in ('default', 'dynamic'), f'its rope is {rope}'),
+            (partial != 1.0, f'its partial_rotary_factor is {partial}'),
+            (slides(t), f'its decoder sees a sliding_window of {t.get("sliding_window")} tokens')):
+        if wrong:
+            return reason
+    return ''
 
 
 def config_fields(c, shapes, tokenizer, source):
     """
-    A checkpoint's config.json as the fields of our Config. Some copies carry a wrong llm_config beside a right
-    text_config.
+    A checkpoint's config.json as the fields of our Config: every value that changes the result is honoured here, or
+    refused by name. Some copies carry a wrong llm_config beside a right text_config.
     """
     embedding = shapes.get(EMBEDDING, 'missing')
     candidates = [c[key] for key in ('llm_config', 'text_config') if c.get(key)]
     fit = [t for t in candidates if [t.get('vocab_size'), t.get('hidden_size')] == embedding]
+    for t in fit[:1] or candidates:
+        if reason := foreign(c, t):
+            raise ValueError(f'{source} is not supported: {reason}; {SUPPORTED}')
     if not fit:
         described = [[t.get('vocab_size'), t.get('hidden_size')] for t in candidates]
         raise ValueError(f'{source}: embed_tokens is {embedding}, but config.json describes {described} '
                          '[vocab_size, hidden_size]')
-    t, v = fit[0], c['vision_config']
-    rope, kind = t.get('rope_parameters') or t, t.get('model_type')
-    scaling = (t.get('rope_scaling') or t.get('rope_parameters') or {}).get('rope_type', 'default')
+    t, v = fit[0], c.get('vision_config') or {}
+    needed = ('intermediate_size', 'num_hidden_layers', 'num_attention_heads')
+    lacking = [f'{part}.{key}' for part, found, keys in (
+        ('text', t, (*needed, 'num_key_value_heads', 'max_position_embeddings')),
+        ('vision_config', v, ('hidden_size', *needed))) for key in keys if key not in found]
+    if lacking:
+        raise ValueError(f'{source}: config.json lacks {", ".join(lacking)}: download it again')
+    if reason := unsupported(c, t, v):
+        raise ValueError(f'{source} is not supported: {reason}; {SUPPORTED}')
     pair = lambda x: x[0] if isinstance(x, (list, tuple)) else x
-    for reason, holds in {
-            f'its decoder is {kind}, not qwen2 or qwen3': kind not in ('qwen2', 'qwen3'),
-            'its vision tower is InternViT-6B with query/key norm, which timm cannot express':
-                v.get('qk_normalization') or v.get('use_qk_norm') or v.get('norm_type') == 'rms_norm',
-            'its vision tower has no bias on q, k, v': not v.get('qkv_bias', v.get('attention_bias')),
-            f'its rope is {scaling}': scaling not in ('default', 'dynamic'),
-            'it reads an inner layer of the vision tower':
-                c.get('select_layer', c.get('vision_feature_layer', -1)) != -1}.items():
-        if holds:
-            raise ValueError(f'{source} is not supported: {reason}; InternVL2.5/3 1B, 2B, 8B, 14B and InternVL3.5 with '
-                             'Qwen are')
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in (*SPECIAL_TOKENS, '<|im_end|>', '<|endoftext|>')}
+    theta, _, longest = rope_of(t)
+    openGVLab = 'llm_config' in c  # whose class has 'v1' where config.json is silent; transformers' knows 'v2' alone
     return dict(
         vocab_size=max(embedding[0], len(tokenizer)), hidden_size=t['hidden_size'],
         intermediate_size=t['intermediate_size'], num_hidden_layers=t['num_hidden_layers'],
         num_attention_heads=t['num_attention_heads'], num_key_value_heads=t['num_key_value_heads'],
-        head_dim=t.get('head_dim') or t['hidden_size'] // t['num_attention_heads'],
-        attention_bias=kind == 'qwen2', qk_norm=kind == 'qwen3', rms_norm_eps=t['rms_norm_eps'],
-        rope_theta=float(rope.get('rope_theta', 1e4)), max_position_embeddings=t['max_position_embeddings'],
-        tie_word_embeddings=bool(c.get('tie_word_embeddings', False)),
+        head_dim=t.get('head_dim') or (128 if t['model_type'] == 'qwen3' else
+                                       t['hidden_size'] // t['num_attention_heads']),
+        attention_bias=t['model_type'] == 'qwen2', qk_norm=t['model_type'] == 'qwen3',
+        rms_norm_eps=t.get('rms_norm_eps', 1e-6), rope_theta=theta, max_position_embeddings=longest,
         vision_hidden_size=v['hidden_size'], vision_intermediate_size=v['intermediate_size'],
         vision_num_layers=v['num_hidden_layers'], vision_num_heads=v['num_attention_heads'],
-        patch_size=pair(v['patch_size']), image_size=c.get('force_image_size') or pair(v['image_size']),
-        downsample_ratio=c.get('downsample_ratio', 0.5), ps_version=c.get('ps_version', 'v2'),
+        vision_layer_norm_eps=v.get('layer_norm_eps', 1e-6), patch_size=pair(v.get('patch_size', 14)),
+        image_size=c.get('force_image_size') or pair(v.get('image_size', 448)),
+        downsample_ratio=c.get('downsample_ratio', 0.5),
+        ps_version=c.get('ps_version', 'v1') if openGVLab else 'v2',
         image_token_id=ids[IMG_CONTEXT], latent_token_id=ids[LATENT],
         eos_token_ids=(ids['<|im_end|>'], ids['<|endoftext|>']), pad_token_id=ids['<|endoftext|>'])
+
+
+def wants_tied_head(c):
+    """Whether transformers ties the head where the files hold none: the top level decides, else the text config."""
+    text = c.get('text_config') or c.get('llm_config') or {}
+    top = c.get('tie_word_embeddings')
+    return bool(top if top is not None else text.get('tie_word_embeddings', 'llm_config' not in c))
 
 
 def read_pretrained(name_or_path, dtype):
@@ -231,24 +361,35 @@ def read_pretrained(name_or_path, dtype):
     """
     folder = fetch(name_or_path)
     files, shapes = weight_files(folder)
+    buffers = [name for name in files if BUFFERS.fullmatch(name)]
+    for name in buffers:
+        del files[name]
+    c = read_json(os.path.join(folder, 'config.json'))
     tokenizer = read_tokenizer(folder)
     known = set(tokenizer.get_vocab().values())  # before ours join them
-    with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f:
-        fields = config_fields(json.load(f), shapes, add_special_tokens(tokenizer), name_or_path)
+    add_special_tokens(tokenizer)
+    added = set(tokenizer.get_vocab().values()) - known
+    ours = {rename(name)[0]: shape for name, shape in shapes.items()}
+    fields = config_fields(c, ours, tokenizer, name_or_path)
 
     def tensors():
         for name, path in files.items():
             with safe_open(path, 'pt') as file:  # opened for each tensor: closing lets go of the pages that were read
                 tensor = file.get_tensor(name)
                 if rename(name)[0] in (EMBEDDING, HEAD):
-                    tensor = with_mean_rows(tensor, known, fields['vocab_size'])
+                    tensor = with_mean_rows(tensor, known, added, fields['vocab_size'])
                 yield name, tensor.to(dtype, copy=True)
 
     weights = to_our_names(tensors(), name_or_path)
-    if fields['tie_word_embeddings']:
+    tied = wants_tied_head(c)
+    if HEAD in weights:  # a head of its own is used, whatever the config says, as in transformers 5
+        tied = tied and torch.equal(weights[HEAD], weights[EMBEDDING])
+    elif tied:
         weights[HEAD] = weights[EMBEDDING]
-    return fields, weights, (f'{len(shapes)} tensors in {len(set(files.values()))} file(s), all used, none missing; '
-                             f'{fields["vocab_size"] - shapes[EMBEDDING][0]} rows added')
+    fields['tie_word_embeddings'] = tied
+    left_out = f', {len(buffers)} computed buffers left out' if buffers else ''
+    return fields, weights, (f'{len(files)} tensors in {len(set(files.values()))} file(s), all used, none missing'
+                             f'{left_out}; {fields["vocab_size"] - ours[EMBEDDING][0]} rows added')
 
 
 def load_weights(model, weights, source, assign=False):

@@ -17,6 +17,7 @@ import runpy
 import sys
 import traceback
 
+TEXTS = ('prompt', 'answer', 'question')  # knobs in which a flag's \\n is the end of a line
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
@@ -58,6 +59,8 @@ def parse(defaults, argv, elsewhere=()):
             values[key], sources[key] = value, file
     for key, text in flags:
         kind = type(lookup(defaults, key, f'--{key}', elsewhere))
+        if key in TEXTS:
+            text = text.replace('\\n', '\n')
         try:
             values[key] = {'True': True, 'False': False}[text] if kind is bool else kind(text)
         except (ValueError, KeyError):
@@ -93,13 +96,18 @@ def configure(module):
 
 
 def one_sentence(kind, error, trace):
-    """For sys.excepthook: what our own code raises on purpose is one sentence; anything else keeps its traceback."""
+    """
+    For sys.excepthook: what our own code raises for the user, in a line that begins with raise, is one sentence; any
+    other error keeps its traceback, also one in code that was changed here.
+    """
     script = os.path.basename(sys.argv[0])
-    raised_in = [os.path.dirname(os.path.abspath(frame.filename)) for frame in traceback.extract_tb(trace)[-1:]]
     if kind is KeyboardInterrupt:
         print(f'\n{script}: stopped by Ctrl-C; what was saved is whole', file=sys.stderr)
         os._exit(130)  # not past the data workers, which would each add a traceback
-    if issubclass(kind, (ValueError, OSError)) and raised_in == [HERE]:
+    last = traceback.extract_tb(trace)[-1:]
+    ours = [frame for frame in last if os.path.dirname(os.path.abspath(frame.filename)) == HERE]
+    meant = bool(ours) and (ours[0].line or '').strip().startswith('raise ')
+    if issubclass(kind, (ValueError, OSError)) and meant:
         print(f'{script}: {error}', file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)

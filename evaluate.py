@@ -18,43 +18,58 @@ import torch
 import torch.distributed as dist
 
 import probe
-from prepare import Rows, batches, digest, extract_choice, fill, fitting_rows, split_file, supervised
+from prepare import Rows, batches, digest, extract_choice, fitting_rows, free_answer_is, split_file, supervised
 
 
 # --- answers and their metrics ----------------------------------------------------------------------------------------
 
 def respond(model, tokenizer, batch, rows, answer, **generation):
     """
-    Free-running answers to a batch: for each row a dict of text, tokens, thoughts and option, that is the text or the
-    option that it names; with choices also choice, its number, and parsed, whether it could be read; with a known
-    answer also right.
+    Free-running answers to a batch: for each row a dict of text, tokens, thoughts, ended (whether it came to its end
+    token) and option, that is the text, or the option that it says as the row spells it; parsed, whether it said one.
+    With choices also choice, its number, 0 where none was said; with a known answer also right, and without choices
+    exact, whether it is the answer letter by letter.
     """
     new, said = model.generate(**batch, **generation), []
-    tokens = (new != model.config.pad_token_id).sum(1).tolist()
-    thoughts = (batch['input_ids'] == model.config.latent_token_id).sum(1).tolist()
-    for row, text, n, k in zip(rows, tokenizer.batch_decode(new, skip_special_tokens=True), tokens, thoughts):
-        one = dict(question_id=row.get('question_id'), text=text, tokens=n, thoughts=k, parsed=True, option=text)
-        if row.get('choices'):
-            one['choice'], one['parsed'] = extract_choice(text, row['choices'])
-            one['option'] = row['choices'][one['choice']]
-        if 'answer' in row:
-            last = lambda text: text.strip().split('\n')[-1]
-            one['right'] = (one['choice'] == row['correct_choice_idx'] if row.get('choices')
-                            else last(text) == last(fill(answer, row)))
+    config = model.config
+    tokens = (new != config.pad_token_id).sum(1).tolist()
+    ended = torch.isin(new, torch.tensor(config.eos_token_ids, device=new.device)).any(1).tolist()
+    thoughts = (batch['input_ids'] == config.latent_token_id).sum(1).tolist()
+    texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+    for row, text, n, k, whole in zip(rows, texts, tokens, thoughts, ended):
+        one = dict(question_id=row.get('question_id'), text=text, tokens=n, thoughts=k, ended=whole, parsed=True,
+                   option=text)
+        choices = row.get('choices')
+        if choices:
+            one['choice'], one['parsed'] = extract_choice(text, choices, answer, whole)
+            one['option'] = choices[one['choice']]
+        if 'answer' in row and choices:  # of two options that are spelt the same either is right
+            same = one['option'].strip() == choices[row['correct_choice_idx']].strip()
+            one['right'], one['default_a'] = same and one['parsed'], same
+        elif 'answer' in row:
+            one['right'], one['exact'] = free_answer_is(text, row, answer)
         said.append(one)
     return said
 
 
 def summarize(answers, seconds):
-    """Metrics of what `respond` gave; accuracy, with Wilson's 95 % interval, where the answers are known."""
-    total, n, z = lambda key: sum(one[key] for one in answers), len(answers), 1.96
+    """
+    Metrics of what `respond` gave. Where the answers are known: accuracy, in which an answer that says no option is
+    wrong, with Wilson's 95 % interval; for options also accuracy_default_a, in which it counts as A; for free answers
+    also accuracy_exact, letter by letter.
+    """
+    total, n, z = lambda key: sum(one.get(key, 0) for one in answers), len(answers), 1.96
     metrics = dict(tokens_per_answer=total('tokens') / n, thoughts_per_answer=total('thoughts') / n,
-                   unparsed=n - total('parsed'), examples=n, seconds_per_answer=seconds / n)
+                   unparsed=n - total('parsed'), cut=n - total('ended'), examples=n, seconds_per_answer=seconds / n)
     if all('right' in one for one in answers):
         p = total('right') / n
         centre = (p + z * z / 2 / n) / (1 + z * z / n)
         half = z * math.sqrt(p * (1 - p) / n + z * z / 4 / n / n) / (1 + z * z / n)
         metrics.update(accuracy=p, interval=[centre - half, centre + half])
+        for key, name in (('default_a', 'accuracy_default_a'), ('exact', 'accuracy_exact')):
+            having = [one[key] for one in answers if key in one]
+            if having:
+                metrics[name] = sum(having) / len(having)
     return metrics
 
 
@@ -64,9 +79,16 @@ def describe(metrics):
     if 'accuracy' in metrics:
         known = f'accuracy {100 * metrics["accuracy"]:5.1f} % ({100 * low:.1f} to {100 * high:.1f})'
     loss = f', loss {metrics["loss"]:.4f}' if 'loss' in metrics else ''
+    unread = f'{metrics["unparsed"]} unparsed'
+    if metrics['unparsed'] and 'accuracy_default_a' in metrics:
+        unread += f' (were they A: {100 * metrics["accuracy_default_a"]:.1f} %)'
+    if metrics['cut']:
+        unread += f', {metrics["cut"]} cut off by max_new_tokens'
+    if 'accuracy_exact' in metrics:
+        unread += f', exactly right {100 * metrics["accuracy_exact"]:.1f} %'
     return (f'{known} of {metrics["examples"]}, {metrics["tokens_per_answer"]:.1f} tokens and '
             f'{metrics["thoughts_per_answer"]:.1f} thoughts and {metrics["seconds_per_answer"]:.3f} s an answer, '
-            f'{metrics["unparsed"]} unparsed{loss}')
+            f'{unread}{loss}')
 
 
 # --- a run's evaluations ----------------------------------------------------------------------------------------------
@@ -159,8 +181,12 @@ class Evaluation:
             print(f'{split}: {describe(metrics)}', flush=True)
             self.log('final', split=split, **metrics)
             self.write(f'answers_{split}.json', dict(data=digest(folder, split), answers=said))
+            # A-OKVQA's official format, which has no way to say that nothing was read: A stands for it
             self.write(f'predictions_{split}.json',
                        {one['question_id']: {'multiple_choice': one['option']} for one in said})
+            if metrics['unparsed']:
+                print(f'{split}: in predictions_{split}.json {metrics["unparsed"]} answers that say no option stand '
+                      'as the first one')
             if 'accuracy' in metrics:
                 labelled = split, rows, said
         if labelled:

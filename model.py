@@ -19,7 +19,7 @@ Where we leave the sources, and why:
 - RoPE is plain: InternVL3's 'dynamic' scaling equals it up to max_position_embeddings; longer inputs are refused.
 """
 import math
-import resource
+import sys
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, Optional
@@ -249,6 +249,7 @@ class Config:
     vision_intermediate_size: int = 4096
     vision_num_layers: int = 24
     vision_num_heads: int = 16
+    vision_layer_norm_eps: float = 1e-6
     patch_size: int = 14
     image_size: int = 448                 # side of a tile in pixels
     downsample_ratio: float = 0.5         # pixel shuffle: 1024 patches -> 256 visual tokens a tile
@@ -295,7 +296,8 @@ class MultiCoCo(nn.Module):
         self.vision_model = timm.models.VisionTransformer(
             img_size=c.image_size, patch_size=c.patch_size, embed_dim=c.vision_hidden_size, depth=c.vision_num_layers,
             num_heads=c.vision_num_heads, mlp_ratio=c.vision_intermediate_size / c.vision_hidden_size, init_values=1.0,
-            final_norm=False, num_classes=0, weight_init='skip')
+            norm_layer=partial(nn.LayerNorm, eps=c.vision_layer_norm_eps), final_norm=False, num_classes=0,
+            weight_init='skip')
         shuffled = int(c.vision_hidden_size / c.downsample_ratio ** 2)
         self.mlp1 = nn.Sequential(nn.LayerNorm(shuffled), nn.Linear(shuffled, c.hidden_size), nn.GELU(),
                                   nn.Linear(c.hidden_size, c.hidden_size))
@@ -520,26 +522,41 @@ class MultiCoCo(nn.Module):
 
 
 def pick_device(device):
-    """'auto' is the GPU where there is one."""
-    if device not in ('auto', 'cpu', 'cuda'):
-        raise ValueError(f'device={device!r}: expected auto, cpu or cuda; CUDA_VISIBLE_DEVICES chooses a GPU')
+    """'auto' is the GPU where there is one; 'mps', Apple's, has to be asked for, since it was never tried."""
+    if device not in ('auto', 'cpu', 'cuda', 'mps'):
+        raise ValueError(f'device={device!r}: expected auto, cpu, cuda or mps; CUDA_VISIBLE_DEVICES chooses a GPU')
     if device == 'cuda' and not torch.cuda.is_available():
         raise ValueError('device=cuda, but torch sees no GPU here: use --device=cpu, or install a torch with CUDA')
+    if device == 'mps':
+        if not torch.backends.mps.is_available():
+            raise ValueError('device=mps, but torch sees no such GPU here: use --device=cpu')
+        print('device=mps: this code was never run on one; compare a short run with --device=cpu first')
     return ('cuda' if torch.cuda.is_available() else 'cpu') if device == 'auto' else device
 
 
 def peak_memory(device):
-    """The most bytes that this process has held: on the GPU, or all of its memory."""
+    """The most bytes that this process has held: on the GPU, or all of its memory; 0 where it cannot be told."""
     if device == 'cuda':
         return torch.cuda.max_memory_allocated()
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        import resource
+    except ImportError:  # Windows has none
+        return 0
+    unit = 1 if sys.platform == 'darwin' else 1024  # macOS counts bytes
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def pick_dtype(dtype, device):
-    """'auto' is bfloat16 on a GPU, float32 elsewhere."""
+    """'auto' is bfloat16 on a GPU that computes in it, float32 elsewhere."""
+    if dtype == 'float16':
+        raise ValueError('dtype=float16: its range is too small for the gradients without a loss scaler, and for some '
+                         "of InternVL's activations; use float32, or bfloat16 on a GPU that has it")
     if dtype not in ('auto', 'float32', 'bfloat16'):
         raise ValueError(f'dtype={dtype!r}: expected auto, float32 or bfloat16')
-    return ('bfloat16' if device == 'cuda' else 'float32') if dtype == 'auto' else dtype
+    if dtype == 'auto':
+        native = device == 'cuda' and torch.cuda.get_device_capability()[0] >= 8  # not on V100 or T4
+        return 'bfloat16' if native else 'float32'
+    return dtype
 
 
 def sample(logits, temperature, top_p, generator=None):

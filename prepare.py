@@ -1,17 +1,19 @@
 """
-From a data set to a batch. As a command it prepares a folder; as a module it turns a row of that folder into model
-inputs.
+From a data set to a batch, and from a text back to an answer. As a command it prepares a folder; as a
+module it turns a row of that folder into model inputs.
 
-    python prepare.py                                                  A-OKVQA from the hub
-    python prepare.py --dataset=FOLDER --data_dir=data/mine            parquet files in A-OKVQA's schema
-    python prepare.py config/toy.py                                    the built-in data set, drawn here
-    python prepare.py --dataset=prosqa_train.json --data_dir=data/prosqa --init_from=scratch     Coconut's own files
+    python prepare.py                                              A-OKVQA from the hub
+    python prepare.py --dataset=mine_train.jsonl --data_dir=data/mine            rows of one's own
+    python prepare.py --dataset=FOLDER --data_dir=data/mine                      parquet files
+    python prepare.py config/toy.py                                the built-in data set, drawn here
 
-A prepared folder holds {split}.jsonl, images/{split}/, cache/tiles/{split}/ and, with init_from='scratch',
-tokenizer/. A row has the fields of Coconut's files, question, steps, answer, and where there are, image, choices,
-correct_choice_idx, question_id. Sources: Coconut's public data code, A-OKVQA's, InternVL's dynamic tiling as
-transformers' GotOcr2ImageProcessorPil does it.
+A prepared folder holds {split}.jsonl, images/{split}/, cache/tiles/{split}/ and, with
+init_from='scratch', tokenizer/. A row has the fields of Coconut's files, question, steps, answer, and
+where there are, image, choices, correct_choice_idx, question_id. What is not used, converted or dropped
+is said with its number. Sources: Coconut's public data code, A-OKVQA's, InternVL's dynamic tiling as
+transformers' GotOcr2ImageProcessorPil does it, VQA's normalisation of answers.
 """
+import ast
 import glob
 import hashlib
 import io
@@ -21,21 +23,27 @@ import random
 import re
 import shutil
 import signal
+import string
+import unicodedata
 from collections import Counter, defaultdict
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
-from checkpoint import END_IMG, END_LATENT, IMG, IMG_CONTEXT, LATENT, START_LATENT, fetch, replacing, train_tokenizer
+from checkpoint import END_IMG, END_LATENT, IMG, IMG_CONTEXT, LATENT, SPECIAL_TOKENS, START_LATENT
+from checkpoint import fetch, replacing, train_tokenizer
 from configurator import configure
 
-# --- knobs of the command ---------------------------------------------------------------------------------------------
-dataset = 'HuggingFaceM4/A-OKVQA'  # hub id, folder of parquet files, Coconut's JSON file, 'toy' or 'prosqa' to draw one
+# rows are encoded one by one, and workers are forked, which older tokenizers would warn of
+os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+
+# --- knobs of the command -------------------------------------------------------------------------
+dataset = 'HuggingFaceM4/A-OKVQA'  # hub id, folder of parquet, .jsonl, .json; 'toy', 'prosqa' to draw
 data_dir = 'data/aokvqa'           # the prepared folder
-init_from = 'OpenGVLab/InternVL3-1B-Pretrained'  # the checkpoint to train; 'scratch' trains a tokenizer on the data
-steps_from = 'first'               # 'first': the first rationale, cut into steps; 'all': each rationale is a step
+init_from = 'OpenGVLab/InternVL3-1B-Pretrained'  # what to train; 'scratch' trains a tokenizer as well
+steps_from = 'first'               # of rationales 'first': it, cut into steps; 'all': each is a step
 max_latent_stage = 4               # a rationale of one sentence is cut into so many spans of words
 image_size = 448                   # side of a tile in pixels
 max_tiles = 8                      # without the thumbnail
@@ -46,92 +54,121 @@ test_rows = 500
 hops = 4                           # doors to follow in 'toy'
 nodes = 23                         # of a graph in 'prosqa'
 seed = 1337
-# --- how a row becomes text: train.py has the same knobs, here they only show the tokenizer what it will see
-PROMPT = '<image>\nQuestion: {question}\n\nChoices:\n{choices}\n\nLet me think step by step:\n'
-ANSWER = 'The answer is {letter}. {choice}'  # also: {explanation}, the first sentence of the rationale
+# --- how a row becomes text: train.py has the same knobs, here the tokenizer sees what they make
+PROMPT = ('<image>\nQuestion: {question}\n\nChoices:\n{choices}\n\n'
+          'Let me think step by step:\n')
+ANSWER = 'The answer is {letter}. {choice}'  # also: {explanation}, the rationale's first sentence
 prompt = PROMPT
 answer = ANSWER
 
-# --- text -------------------------------------------------------------------------------------------------------------
+# --- text -----------------------------------------------------------------------------------------
 LETTERS = 'ABCDEFGH'
 MODES = ('coconut', 'cot', 'no_cot', 'pause', 'no_thoughts')
-SYSTEM = '你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。'
-SEEING = re.compile(r'\b(see|sees|seen|look|looks|looking|visible|image|picture|photo|shown|shows)\b', re.I)
+SYSTEM = ('你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的'
+          '多模态大语言模型。')
+SEEING = re.compile(
+    r'\b(see|sees|seen|look|looks|looking|visible|image|picture|photo|shown|shows)\b', re.I)
 
 
 def fill(template, row):
     """
-    A prompt or answer template with the row's fields. Without an image or choices, what speaks of them is left out: of
-    a prompt the paragraph with {choices}, or the line where {question} is in that too; of an answer all but {answer}.
+    A prompt or answer template with the row's fields. Without an image or choices, what speaks of them
+    is left out: of a prompt the paragraph with {choices}, or the line where {question} is in that too;
+    of an answer all but {answer}.
     """
-    choices = row.get('choices') or []
+    choices = [choice.strip() for choice in row.get('choices') or []]
     if not choices:
-        parts = [part for part in template.split('\n\n') if '{choices}' not in part or '{question}' in part]
-        template = '\n'.join(line for line in '\n\n'.join(parts).split('\n') if '{choices}' not in line)
-        template = '{answer}' if '{letter}' in template or '{choice}' in template else template
-    fields = dict(question=row['question'], answer=row.get('answer', ''), explanation=row.get('explanation', ''),
-                  choices='\n'.join(f'{letter}. {choice}' for letter, choice in zip(LETTERS, choices)))
+        parts = [part for part in template.split('\n\n')
+                 if '{choices}' not in part or '{question}' in part]
+        lines = [line for line in '\n\n'.join(parts).split('\n') if '{choices}' not in line]
+        template = '\n'.join(lines)
+        if '{letter}' in template or '{choice}' in template:
+            template = '{answer}'
+    fields = dict(question=row['question'], answer=row.get('answer', ''),
+                  explanation=row.get('explanation', ''),
+                  choices='\n'.join(f'{letter}. {c}' for letter, c in zip(LETTERS, choices)))
     if choices and row.get('correct_choice_idx') is not None:
         right = row['correct_choice_idx']
         fields.update(letter=LETTERS[right], choice=choices[right])
     try:
         text = template.format(**fields)
     except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f'the template {template!r} cannot be filled ({type(error).__name__} {error}): it may use '
-                         f'{", ".join("{" + f + "}" for f in fields)}') from None
+        known = ', '.join('{' + field + '}' for field in fields)
+        raise ValueError(f'the template {template!r} cannot be filled ({type(error).__name__} '
+                         f'{error}): it may use {known}') from None
     return text if row.get('image') else text.replace('<image>\n', '').replace('<image>', '')
 
 
-def build_text(row, stage, mode='coconut', c_thought=2, max_latent_stage=4, pad_latent_to_max=True, prompt=PROMPT,
-               answer=ANSWER, template='plain', visual_bridge=False):
+def build_text(row, stage, mode='coconut', c_thought=2, max_latent_stage=4, pad_latent_to_max=True,
+               prompt=PROMPT, answer=ANSWER, template='plain', visual_bridge=False):
     """
-    One row at one stage: (prompt, number of thoughts, target). Stage k hides the first k steps behind k * c_thought
-    thoughts (fewer where a row has fewer steps, unless pad_latent_to_max); a stage beyond max_latent_stage hides all
-    steps. Stage 0 has no thoughts and no markers. Training, evaluation and sample.py all come through here.
+    One row at one stage: (prompt, number of thoughts, target). Training, evaluation and sample.py all
+    come through here.
+
+        mode          steps hidden            thoughts
+        coconut       the first `stage`       c_thought * stage
+        pause         the first `stage`       c_thought * stage, but nothing is fed back
+        no_thoughts   the first `stage`       0
+        cot           none                    0
+        no_cot        all                     0
+
+    A stage beyond max_latent_stage hides all steps behind the thoughts of max_latent_stage. Without
+    pad_latent_to_max a row has no more thoughts than its steps ask for; a row that has no steps has the
+    stage's full number, like a question whose steps nobody knows. Stage 0 has no thoughts.
     """
     if mode not in MODES or template not in ('plain', 'chatml'):
-        raise ValueError(f'mode={mode!r}, template={template!r}: expected one of {", ".join(MODES)}; plain or chatml')
-    stage, steps = 0 if mode == 'cot' else stage, row.get('steps')
-    hidden = len(steps or ()) if mode == 'no_cot' or stage > max_latent_stage else stage
-    thoughts = 0 if mode in ('no_cot', 'no_thoughts') else min(stage, max_latent_stage)
-    if not pad_latent_to_max and steps is not None:
-        thoughts = min(thoughts, len(steps))
-    lines = list((steps or ())[hidden:])
+        raise ValueError(f'mode={mode!r}, template={template!r}: expected one of {", ".join(MODES)}; '
+                         'plain or chatml')
+    steps = list(row.get('steps') or ())
+    if mode == 'cot':
+        stage = 0
+    replaced = min(stage, max_latent_stage)  # steps that thoughts stand for
+    if steps and not pad_latent_to_max:
+        replaced = min(replaced, len(steps))
+    hide_all = mode == 'no_cot' or stage > max_latent_stage
+    lines = [] if hide_all else steps[stage:]
+    thoughts = 0 if mode in ('cot', 'no_cot', 'no_thoughts') else replaced * c_thought
     bridge = ''
     if visual_bridge and row.get('image'):
-        bridge = 'Analyzing the visual information:\n' if stage else ''
+        if stage:
+            bridge = 'Analyzing the visual information:\n'
         if lines and not stage:
             lines[0] = 'Looking at the image, ' + lines[0]
         elif lines and not SEEING.search(lines[0]):
             lines[0] = 'From what I can see, ' + lines[0]
     text = fill(prompt, row)
     if template == 'chatml':
-        turns = f'<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{text.rstrip()}<|im_end|>\n'
-        text = turns + '<|im_start|>assistant\n'
+        text = (f'<|im_start|>system\n{SYSTEM}<|im_end|>\n'
+                f'<|im_start|>user\n{text.rstrip()}<|im_end|>\n<|im_start|>assistant\n')
     target = '\n'.join([*lines, fill(answer, row)]) if 'answer' in row else None
-    return text + bridge, thoughts * c_thought, target
+    return text + bridge, thoughts, target
 
 
-def encode(row, tokenizer, stage, tiles=None, supervised=True, max_length=2560, num_image_tokens=256, **text):
+def encode(row, tokenizer, stage, tiles=None, supervised=True, max_length=2560,
+           num_image_tokens=256, **text):
     """
-    One row's model inputs: {input_ids: list, labels: list or None, pixel_values: uint8 [P, 3, S, S] or None}.
+    One row's model inputs: {input_ids: list, labels: list or None, pixel_values: uint8 [P, 3, S, S] or
+    None}.
 
-    tiles             uint8 [P, 3, S, S], the row's image as `tile_image` gives it; None for a row without an image
+    tiles             uint8 [P, 3, S, S], the row's image as `tile_image` gives it, or None
     supervised        False leaves out steps and answer, for generation: labels is None
     num_image_tokens  N, visual tokens a tile
     text              knobs of `build_text`
     Raises ValueError where the row does not fit max_length or its visual tokens are not N a tile.
     """
     prompt, thoughts, target = build_text(row, stage, **text)
-    name, visual = row.get('question_id', '?'), 0 if tiles is None else len(tiles) * num_image_tokens
+    name = row.get('question_id', '?')
+    visual = 0 if tiles is None else len(tiles) * num_image_tokens
     prompt = prompt.replace('<image>', IMG + IMG_CONTEXT * visual + END_IMG)
     ids = tokenizer.encode(prompt, add_special_tokens=False)
     image_token, latent = tokenizer.convert_tokens_to_ids([IMG_CONTEXT, LATENT])
     if ids.count(image_token) != visual:
         raise ValueError(f'row {name} holds {ids.count(image_token)} {IMG_CONTEXT} tokens, but its '
-                         f'{visual // num_image_tokens} tiles give {visual}: the prompt needs one <image> an image')
+                         f'{visual // num_image_tokens} tiles give {visual}: the prompt needs one '
+                         '<image> an image')
     if ids.count(latent):
-        raise ValueError(f'row {name} holds {LATENT} in its own text: remove it from the question and choices')
+        raise ValueError(f'row {name} holds {LATENT} in its own text: remove it from the question and '
+                         'choices')
     if thoughts:
         start, end = tokenizer.convert_tokens_to_ids([START_LATENT, END_LATENT])
         ids = [*ids, start, *[latent] * thoughts, end]
@@ -139,23 +176,28 @@ def encode(row, tokenizer, stage, tiles=None, supervised=True, max_length=2560, 
     if supervised:
         if target is None:
             raise ValueError(f'row {name} has no answer: it can be asked, not trained on')
-        goal = [*tokenizer.encode(target, add_special_tokens=False), tokenizer.eos_token_id]
-        ids, labels = ids + goal, [-100] * len(ids) + goal
+        goal = tokenizer.encode(target, add_special_tokens=False) + [tokenizer.eos_token_id]
+        labels = [-100] * len(ids) + goal
+        ids = ids + goal
     if len(ids) > max_length:
-        raise ValueError(f'row {name} needs {len(ids)} tokens ({visual} visual, {thoughts} thoughts), max_length is '
-                         f'{max_length}')
+        raise ValueError(f'row {name} needs {len(ids)} tokens ({visual} visual, {thoughts} thoughts), '
+                         f'max_length is {max_length}')
     return dict(input_ids=ids, labels=labels, pixel_values=tiles)
 
 
 def collate(rows):
     """What `encode` gave, as the keyword arguments of the model's forward; padded on the right."""
-    lengths = torch.tensor([len(r['input_ids']) for r in rows])
+    lengths = torch.tensor([len(row['input_ids']) for row in rows])
     T = int(lengths.max())
-    pad = lambda key, value: torch.tensor([r[key] + [value] * (T - len(r[key])) for r in rows])
-    tiles = [r['pixel_values'] for r in rows if r['pixel_values'] is not None]
-    batch = dict(input_ids=pad('input_ids', 0), pixel_values=torch.cat(tiles) if tiles else None,
+
+    def pad(key, value):
+        return torch.tensor([row[key] + [value] * (T - len(row[key])) for row in rows])
+
+    tiles = [row['pixel_values'] for row in rows]
+    held = [t for t in tiles if t is not None]
+    batch = dict(input_ids=pad('input_ids', 0), pixel_values=torch.cat(held) if held else None,
                  attention_mask=(torch.arange(T) < lengths[:, None]).long(),
-                 num_tiles=torch.tensor([0 if r['pixel_values'] is None else len(r['pixel_values']) for r in rows]))
+                 num_tiles=torch.tensor([0 if t is None else len(t) for t in tiles]))
     if rows[0]['labels'] is not None:
         batch['labels'] = pad('labels', -100)
     return batch
@@ -173,22 +215,29 @@ def micro_batches(batch, rows):
     batch, pixels = dict(batch), batch['pixel_values']
     del batch['pixel_values']
     parts = [dict(zip(batch, values)) for values in zip(*(v.split(rows) for v in batch.values()))]
-    tiles = [None] * len(parts) if pixels is None else pixels.split([int(part['num_tiles'].sum()) for part in parts])
+    tiles = [None] * len(parts)
+    if pixels is not None:
+        tiles = pixels.split([int(part['num_tiles'].sum()) for part in parts])
     return [dict(part, pixel_values=t) for part, t in zip(parts, tiles)]
 
 
 def batches(rows, groups, num_workers=0, pin_memory=False):
     """
-    Batches of `rows`, a data set, in host memory; `groups` is a list of lists of row numbers: workers decide nothing
-    but time.
+    Batches of `rows`, a data set, in host memory; `groups` is a list of lists of row numbers: workers
+    decide nothing but time.
     """
     loader = torch.utils.data.DataLoader(
-        rows, batch_sampler=groups, collate_fn=collate, num_workers=num_workers, pin_memory=pin_memory,
-        generator=torch.Generator(), worker_init_fn=leave_signals_to_the_parent)
+        rows, batch_sampler=groups, collate_fn=collate, num_workers=num_workers,
+        pin_memory=pin_memory, generator=torch.Generator(),
+        worker_init_fn=leave_signals_to_the_parent)
     try:
         yield from loader
-    except (ValueError, OSError) as error:  # a worker's error holds its traceback: the last line says it
-        raise ValueError(str(error).strip().splitlines()[-1]) from None
+    except (ValueError, OSError) as error:  # a worker's holds its traceback as text
+        lines = [line.strip() for line in str(error).strip().splitlines()]
+        places = [i for i, line in enumerate(lines) if line.startswith('File "')]
+        if places and lines[places[-1] + 1].startswith('raise '):  # meant for the user
+            raise ValueError(lines[-1].partition(': ')[2] or lines[-1]) from None
+        raise
 
 
 def leave_signals_to_the_parent(worker):
@@ -197,32 +246,417 @@ def leave_signals_to_the_parent(worker):
         signal.signal(signum, signal.SIG_IGN)
 
 
-def extract_choice(text, choices):
-    """
-    (index of the chosen option, whether it could be read): the letter after 'answer is' or 'Answer:', else a letter
-    that ends the text, else the option named last, else (0, False).
-    """
-    letters = LETTERS[:len(choices)]
-    for pattern in (rf'(?i:answer is|answer:)\W*([{letters}])\b', rf'(?:^|\s)\(?([{letters}])[).]*\s*$'):
-        if found := re.findall(pattern, text):
-            return letters.index(found[-1]), True
-    ends = lambda c: (m.end() for m in re.finditer(rf'(?<!\w){re.escape(c)}(?!\w)', text, re.I))
-    last = [max(ends(c), default=-1) for c in choices]
-    best = max(range(len(choices)), key=lambda i: (last[i], len(choices[i])))
-    return (best, True) if last[best] >= 0 else (0, False)
+# --- reading answers back -------------------------------------------------------------------------
+# words before an answer, in the languages that models were seen to answer in
+ANSWER_IS = (r'(?:\b(?:answers?|antwort|réponse|respuesta|risposta|resposta|ответ)\b'
+             r'|الإجابة|الجواب|答案|答え|回答|正解|정답)')
+CHOOSING = (r'(?:\b(?:option|choice|it is|it\'s|(?:would|must|should) be|say|choose|pick|select|guess'
+            r'|go with)\b|选[择项]?|選)')
+LINK = (r'(?:[\s:=–—"\'(\[{<]+|-(?!\d)|\b(?:is|are|would|should|must|be|option|choice|letter|clearly'
+        r'|probably|likely|most|therefore|thus|the|ist|die|est|la|le|es|è|é)\b|是|为|為|は|应该|选项)*')
+RIGHT = re.compile(r'\s+(?:is|was|would be|must be|seems)\s+(?:(?:the|most|probably|clearly)\s+)*'
+                   r'(?:correct|right|best|answer|likely)\b', re.I)
+WRONG = re.compile(r'\W*(?:is|was|are|seems)(?:\s+(?:\w+\s+)?(?:not|wrong|incorrect|false)\b|n\'t)',
+                   re.I)
+NEGATED = re.compile(r'(?:\b(?:not|no|never|neither|nor|none|without|nicht|kein\w*|pas)\b|n\'t\b'
+                     r'|不是?|没|沒|非)(?:(?!\bbut\b|是)[^.,;:!?\n。，]){0,24}$', re.I)
+JOINED = re.compile(r'[\s)\]"\'>]*(?:[,/&|、或和]|\b(?:or|and|und|oder|et|ou)\b)+'
+                    r'\s*(?:(?:or|and|the|an)\s+)?[("\'\[]*|\s+(?=[A-H][.):])', re.I)
+ARTICLE = re.compile(r'(?:an?|the)\s+', re.I)
+LETTER = re.compile(r"([A-Ha-h])(?![\w+#]|[&'.-]\w)")
+LETTERED = re.compile(r'[A-H](?:[).:,\]|"\'>]|\s*$|\s+-\s|\s+(?:because|since|as)\b)'
+                      r'|[a-h](?:[).:](?=\s|$)|\s*$)', re.M)
+UNSPACED = re.compile('[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]')  # Thai, kana, Han: no word ends
+FUNCTION_WORDS = {'yes', 'no', 'none', 'both', 'all', 'neither', 'either', 'not', 'true', 'false'}
 
 
+def plain(text):
+    """Text as answers are compared: one form of each character, no markup, quotes straight."""
+    text = unicodedata.normalize('NFKC', text)
+    text = re.sub('[“”]', '"', re.sub('[‘’´]', "'", text))
+    text = re.sub(r'<think>.*</think>', ' ', text, flags=re.S)
+    text = re.sub(r'\\(?:text|mathrm|mathbf|textbf)\{([^{}]*)\}', r'\1', text)
+    text = re.sub(r'\\boxed\{([^{}]*)\}', r' answer: \1 ', text)
+    text = re.sub(r'<answer>|#{4}', ' answer: ', text, flags=re.I)
+    text = re.sub(r'<\|[^|<>]*\|>|</?[a-zA-Z]\w+>', ' ', text)  # special tokens and tags
+    text = re.sub(r'\*+|`+|\\[()]', '', text)
+    return re.sub(r'\$([^$\s]+)\$', r'\1', text)
+
+
+def name_pattern(name):
+    """A regular expression that finds an option's text, as `plain` gives it, in a longer text."""
+    words = re.split(r'\s+|(?<=\w)-(?=\w)', name)  # t-shirt, t shirt
+    pattern = r'(?:\s+|-)'.join(re.escape(word) for word in words)
+    first, last = name[0], name[-1]
+    if first.isdigit():
+        pattern = r'(?<![\w-])(?<!\d[.,])' + pattern
+    elif first.isalpha() and not UNSPACED.match(first):
+        pattern = r'(?<!\w)' + pattern
+    if last.isdigit():
+        pattern += r'(?![.,]?\w)'
+    elif last.isalpha() and not UNSPACED.match(last):
+        pattern += r'(?:e?s)?(?![\w+#]|\'s\b)' if len(name) > 2 else r'(?![\w+#]|[&-]\w)'
+    return re.compile(pattern, re.I)
+
+
+class Answer:
+    """An answer's text, as `plain` gives it, and where it says options by letter or by name."""
+
+    def __init__(self, text, choices):
+        self.text = text
+        stripped = [plain(choice).strip() for choice in choices]
+        self.names = [name.rstrip('.,;:!?"\' ') or name for name in stripped]
+        self.patterns = [name_pattern(name) if name else None for name in self.names]
+
+    def differ(self, i, j):
+        return self.names[i] != self.names[j]
+
+    def letter_at(self, place, capital=False):
+        """(option, end) of a letter that stands alone here; None where there is none."""
+        match = LETTER.match(self.text, place)
+        if not match or match[1].upper() not in LETTERS[:len(self.names)]:
+            return None
+        rest = self.text[match.end():]
+        verb = r'\s+(?:because|since|as|is|was|for|which|and|or|but)\b'
+        if match[1] in 'aA' and re.match(r'\s+\w', rest) and not re.match(verb, rest):
+            return None  # the article
+        if match[1].islower() and (capital or not re.match(r'\s*(?:$|[).:,;!?\]"\'>}])', rest)):
+            return None
+        return LETTERS.index(match[1].upper()), match.end()
+
+    def name_at(self, place):
+        """(option, end) of the longest option that is named here; None where there is none."""
+        found = []
+        for i, pattern in enumerate(self.patterns):
+            match = pattern and pattern.match(self.text, place)
+            if not match:
+                continue
+            spaces = re.compile(r'\s+(?=\w)').match(self.text, match.end())
+            if match[0] in 'aA' and spaces and not self.letter_at(spaces.end(), capital=True):
+                continue  # the article
+            exact = self.text.startswith(self.names[i], place)
+            found.append((len(self.names[i]), exact, -i, match.end()))
+        if not found:
+            return None
+        _, _, i, end = max(found)
+        return -i, end
+
+    def said_at(self, place):
+        """
+        (option, end, whether by letter) of what is said here: 'C', '(C) dog', 'a dog', 'dog C';
+        option is -1 where more than one is. None where none is said, or that it is wrong.
+        """
+        place = re.compile(r'["\'„(\[{<\s]*').match(self.text, place).end()
+        letter, name = self.letter_at(place), self.name_at(place)
+        if not name and (article := ARTICLE.match(self.text, place)):
+            name = self.name_at(article.end())
+        if letter and name and len(self.names[name[0]]) == 1 and self.text[place].isupper():
+            name = None  # an option that is called A is asked for by its letter
+        said = name or letter
+        if not said or WRONG.match(self.text, said[1]):
+            return None
+        option, end = said
+        rest = re.compile(r'[\s().:\[\]{}"\'<>|,–-]*').match(self.text, end).end()
+        second = self.letter_at(rest, capital=True) if name else self.name_at(rest)
+        if second and (name or len(self.names[second[0]]) > 1):  # letter and name say it twice
+            option = -1 if self.differ(option, second[0]) else option
+            end = second[1]
+        if joined := JOINED.match(self.text, end):
+            other = self.letter_at(joined.end(), capital=True) or self.name_at(joined.end())
+            if other and self.differ(option, other[0]):
+                option, end = -1, other[1]
+        return option, end, said is letter
+
+    def said_after(self, words):
+        """What is said behind each place where these words stand: (place, option)."""
+        for match in re.finditer(words + LINK, self.text, re.I):
+            if said := self.said_at(match.end()):
+                yield match.start(), said[0]
+
+    def said_right(self):
+        """What is said to be right, as in 'C is correct': (place, option)."""
+        for match in RIGHT.finditer(self.text):
+            line = self.text.rfind('\n', 0, match.start()) + 1
+            for word in re.finditer(r'(?<!\w)\w', self.text[line:match.start()]):
+                said = self.said_at(line + word.start())
+                if said and said[1] == match.start():
+                    yield match.start(), said[0]
+                    break
+
+    def said_by_line(self):
+        """The options that lines begin with by letter, and those that whole lines name."""
+        lettered, named, place = [], [], 0
+        for line in self.text.split('\n'):
+            start = place + re.match(r'[\s"\'(\[{<>#„•]*(?:\d+[.)]\s+(?=[A-H]\b))?(?:-(?!\d)\s*)?', line).end()
+            place += len(line) + 1
+            said = self.said_at(start)
+            if not said:
+                continue
+            option, end, by_letter = said
+            if by_letter and LETTERED.match(self.text, start):
+                lettered.append(option)
+            elif not re.search(r'\w', self.text[end:place]):
+                named.append((place, option))
+        return lettered, named
+
+    def only_name(self):
+        """The one option that is named, negations left out; None for none or several."""
+        spans = []
+        for i, (name, pattern) in enumerate(zip(self.names, self.patterns)):
+            if name and (len(name) > 1 or name.isdigit() or UNSPACED.match(name)):
+                spans += [(*match.span(), i) for match in pattern.finditer(self.text)]
+        found = set()
+        for start, end, i in spans:
+            before = self.text[:start]
+            inside = any(a <= start and end <= b and b - a > end - start for a, b, _ in spans)
+            loose = self.names[i].lower() in FUNCTION_WORDS and before.strip()
+            if not (inside or loose or NEGATED.search(before)):
+                found.add(i)
+        first = min(found, default=None)
+        return None if any(self.differ(first, i) for i in found) else first
+
+    def read(self, ended):
+        """The option that the answer says, None for none, -1 for several."""
+        whole = self.text.strip().strip('.!')
+        for i, name in enumerate(self.names):
+            if ended and len(name) > 1 and whole == name.strip('.!'):
+                return i
+        said = [*self.said_after(ANSWER_IS), *self.said_right()]
+        if said or not ended:
+            return max(said)[1] if said else None  # the last; text that was cut off says no more
+        lettered, named = self.said_by_line()
+        if lettered:
+            return lettered[0] if len(set(lettered)) == 1 else -1
+        if named and (named[-1][0] > len(self.text.rstrip()) or len({i for _, i in named}) == 1):
+            return named[-1][1]
+        said = {option for _, option in self.said_after(CHOOSING)}
+        if said:
+            return said.pop() if len(said) == 1 else -1
+        words = [match.end() for match in re.finditer(ANSWER_IS, self.text, re.I)]
+        lines = self.text[max(words, default=0):].strip().split('\n')
+        return Answer(lines[-1], self.names).only_name()
+
+
+def fits_template(text, template, letter, choice):
+    """Whether a text ends as the answer template does for this option."""
+    fields = dict(letter=letter, choice=choice, answer=choice)
+    pattern, used = '', set()
+    for literal, field, *_ in string.Formatter().parse(template):
+        pattern += re.escape(literal)
+        if field is not None:
+            pattern += re.escape(fields[field]) if field in fields else '.*'
+            used.add(field)
+    return used & fields.keys() and re.search(rf'(?:^|\n){pattern}\s*$', text, re.S)
+
+
+def extract_choice(text, choices, template='', ended=True):
+    """
+    (number of the option that an answer says, True), or (0, False) where none can be read.
+
+    template  the recipe's answer template: a text that ends as it does says its option
+    ended     False for a text that ran out of max_new_tokens: it counts only if it had said
+              'the answer is ...' before its last word
+    """
+    text = re.sub(r'<\|[^|<>]*\|>', '', text).strip()
+    options = [choice.strip() for choice in choices]
+    if template and ended:
+        fitting = [i for i, (letter, choice) in enumerate(zip(LETTERS, options))
+                   if fits_template(text, template, letter, choice)]
+        if len({options[i] for i in fitting}) == 1:
+            return fitting[0], True
+    if not ended:
+        text = re.sub(r'\S+\s*$', '', text)
+    option = Answer(plain(text), options).read(ended)
+    return (0, False) if option in (None, -1) else (option, True)
+
+
+# --- free answers ---------------------------------------------------------------------------------
+NUMBERS = ('none zero one two three four five six seven eight nine ten').split()
+
+
+def normalised(text):
+    """
+    A free answer as VQA's evaluation compares them: case, articles, punctuation and number words do not
+    count. Unlike there a minus before a digit stays, and 'none' is no number.
+    """
+    text = unicodedata.normalize('NFKC', text).lower().replace('’', "'")
+    text = re.sub(r'(?<=\d),(?=\d{3})', '', text)                # 1,000
+    text = re.sub(r'-(?!\d)|(?<=\w)-|[;/\[\]"{}()=+\\_><@`?!,:#*]', ' ', text)
+    text = re.sub(r'\.(?!\d)', '', text)                         # but 1.5
+    words = [word for word in text.split() if word not in ('a', 'an', 'the')]
+    words = [str(NUMBERS.index(word) - 1) if word in NUMBERS[1:] else word for word in words]
+    return ' '.join(words)
+
+
+def free_answer_is(text, row, template):
+    """Whether a text's last line is a row's answer, with or without the template: (VQA's way, exactly)."""
+    def last_line(text):
+        return text.strip().split('\n')[-1].strip()
+
+    said, known = last_line(text), last_line(fill(template, row))
+    wanted = {normalised(known), normalised(last_line(row['answer']))}
+    return normalised(said) in wanted if normalised(said) else said == known, said == known
+
+
+def check_round_trip(rows, template):
+    """Raises ValueError where the recipe's own text for an answer would not be read back as it."""
+    for row in rows:
+        if row.get('choices') and row.get('correct_choice_idx') is not None:
+            text, choices = fill(template, row), row['choices']
+            option, parsed = extract_choice('\n'.join([*(row.get('steps') or ()), text]), choices,
+                                            template)
+            if not parsed or choices[option].strip() != choices[row['correct_choice_idx']].strip():
+                read = f'as {LETTERS[option]}' if parsed else 'as no option'
+                raise ValueError(
+                    f'answer={template!r} makes {text!r} of row {row.get("question_id")}, which is '
+                    f'read back {read}, not as {LETTERS[row["correct_choice_idx"]]}: use {{letter}} or '
+                    '{choice} in it')
+
+
+# --- images ---------------------------------------------------------------------------------------
+TILING_VERSION = 2  # part of the cache's hash: raise it when tile_image or load_image give other pixels
+PngImagePlugin.MAX_TEXT_CHUNK = 2 ** 26  # pictures with a workflow in their text are pictures
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+         4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+         6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+         8: Image.Transpose.ROTATE_90}  # EXIF's orientation
+
+
+def orientation(image):
+    """EXIF's 1 to 8; 1 where it cannot be read."""
+    try:
+        return image.getexif().get(0x0112, 1)
+    except Exception:  # Pillow raises many kinds on damaged EXIF data; viewers show such a picture
+        return 1
+
+
+def grey_to_8_bits(image):
+    """
+    Greys of more than 8 bits. White is the full scale that holds the brightest: 1 for fractions, else
+    that of 8, 10, 12, 14 or 16 bits; beyond these scales the range of the picture itself.
+    """
+    grey = np.asarray(image).astype(np.float64)
+    finite = np.isfinite(grey)
+    low, high = grey[finite].min(initial=0), grey[finite].max(initial=0)
+    grey = np.where(finite, grey, low)
+    scales = [2 ** bits - 1 for bits in (8, 10, 12, 14, 16)]
+    if image.mode == 'F':
+        scales.insert(0, 1)
+    white = min((scale for scale in scales if scale >= high), default=high)
+    if low >= 0 and white in scales:
+        low = 0
+    else:
+        low, white = grey.min(), high
+    grey = (grey - low) / max(white - low, 1e-12) * 255
+    return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+
+
+def load_image(file):
+    """
+    RGB image from a path or bytes, as a viewer shows it: upright, the first of several frames, what is
+    transparent over white. ValueError in one sentence where it is none.
+    """
+    name = file if isinstance(file, str) else 'image'
+    if isinstance(file, str) and not os.path.isfile(file):
+        raise FileNotFoundError(f'no image file {file[:200]}')
+    try:
+        image = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
+        turn = TURNS.get(orientation(image))
+        if image.mode.startswith('I') or image.mode == 'F':
+            image = grey_to_8_bits(image)
+        elif image.has_transparency_data:
+            image = image.convert('RGBA')
+            image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+        image = image.convert('RGB')
+        return image if turn is None else image.transpose(turn)
+    except Exception as error:  # Pillow's decoders raise any kind on damaged files
+        reason = str(error).split(' <_io')[0] or type(error).__name__
+        raise ValueError(f'{name} cannot be read as an image: {reason}') from None
+
+
+def image_header(data):
+    """(file ending, (width, height) as it is shown) of an image's bytes, without decoding it."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            size = image.size
+            if orientation(image) in (5, 6, 7, 8):
+                size = size[::-1]
+            return image.format.lower(), size
+    except Exception as error:  # as in load_image
+        reason = str(error).split(' <_io')[0] or type(error).__name__
+        raise ValueError(f'cannot be read as an image: {reason}') from None
+
+
+def tile_grid(width, height, size=448, min_tiles=1, max_tiles=8):
+    """
+    (columns, rows) of tiles for an image: the grid of the nearest aspect ratio; on a tie the larger
+    one, if it is filled half.
+    """
+    sides = range(1, max_tiles + 1)
+    grids = [(i, j) for i in sides for j in sides if min_tiles <= i * j <= max_tiles]
+    grids.sort(key=lambda grid: grid[0] * grid[1])
+    best, least = (1, 1), float('inf')
+    for i, j in grids:
+        difference = abs(width / height - i / j)
+        filled = width * height > 0.5 * size * size * i * j
+        if difference < least or (difference == least and filled):
+            best, least = (i, j), difference
+    return best
+
+
+def count_tiles(width, height, size=448, min_tiles=1, max_tiles=8, thumbnail=True):
+    i, j = tile_grid(width, height, size, min_tiles, max_tiles)
+    return i * j + (thumbnail and i * j > 1)
+
+
+def tile_image(image, size=448, min_tiles=1, max_tiles=8, thumbnail=True):
+    """
+    PIL image to uint8 [P, 3, size, size]: the grid's tiles row by row and, if there are several, a
+    thumbnail last.
+    """
+    i, j = tile_grid(*image.size, size, min_tiles, max_tiles)
+    image = image.convert('RGB')
+    whole = image.resize((size * i, size * j), Image.Resampling.BICUBIC)
+    tiles = [whole.crop((x * size, y * size, (x + 1) * size, (y + 1) * size))
+             for y in range(j) for x in range(i)]
+    if thumbnail and len(tiles) > 1:
+        tiles.append(image.resize((size, size), Image.Resampling.BICUBIC))
+    pixels = np.stack([np.asarray(tile) for tile in tiles])                     # [P, size, size, 3]
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+
+def load_tiles(row, folder, split, size=448, max_tiles=8, cache=True):
+    """A prepared row's tiles, from the cache, else from its image and into it; None without an image."""
+    if not row.get('image'):
+        return None
+    key = repr((size, 1, max_tiles, True, TILING_VERSION, row['image_hash']))
+    stem = os.path.splitext(os.path.basename(row['image']))[0]
+    name = f'{stem}_{hashlib.sha256(key.encode()).hexdigest()[:12]}.npy'
+    path = os.path.join(folder, 'cache', 'tiles', split, name)
+    if cache and os.path.isfile(path):
+        return torch.from_numpy(np.load(path))
+    tiles = tile_image(load_image(os.path.join(folder, row['image'])), size, 1, max_tiles)
+    if cache:
+        with replacing(path) as part, open(part, 'wb') as f:
+            np.save(f, tiles.numpy())
+    return tiles
+
+
+# --- rows of a prepared data set ------------------------------------------------------------------
 class Rows(torch.utils.data.Dataset):
     """
-    A prepared split at one stage, encoded row by row. Which row is drawn to which earlier stage depends on seed,
-    epoch and row alone, not on workers or order.
+    A prepared split at one stage, encoded row by row. Which row is drawn to which earlier stage depends
+    on seed, epoch and row alone, not on workers or order.
     """
 
-    def __init__(self, rows, split, stage, tokenizer, data_dir='.', image_size=448, max_tiles=8, cache_tiles=True,
-                 max_length=2560, num_image_tokens=256, supervised=True, uniform_prob=0.0, seed=0, epoch=0, **text):
+    def __init__(self, rows, split, stage, tokenizer, data_dir='.', image_size=448, max_tiles=8,
+                 cache_tiles=True, max_length=2560, num_image_tokens=256, supervised=True,
+                 uniform_prob=0.0, seed=0, epoch=0, **text):
         self.rows, self.stage, self.tokenizer, self.text = rows, stage, tokenizer, text
-        self.tiles = dict(folder=data_dir, split=split, size=image_size, max_tiles=max_tiles, cache=cache_tiles)
-        self.shape = dict(max_length=max_length, num_image_tokens=num_image_tokens, supervised=supervised)
+        self.tiles = dict(folder=data_dir, split=split, size=image_size, max_tiles=max_tiles,
+                          cache=cache_tiles)
+        self.shape = dict(max_length=max_length, num_image_tokens=num_image_tokens,
+                          supervised=supervised)
         self.uniform_prob, self.seed, self.epoch = uniform_prob, seed, epoch
 
     def __len__(self):
@@ -235,103 +669,37 @@ class Rows(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         tiles = load_tiles(self.rows[i], **self.tiles)
-        return encode(self.rows[i], self.tokenizer, self.stage_of(i), tiles, **self.shape, **self.text)
+        return encode(self.rows[i], self.tokenizer, self.stage_of(i), tiles, **self.shape,
+                      **self.text)
 
     def length(self, i, stage=None, count=None):
         """Tokens of row i at a stage, without a look at its image; `count` counts those of a text."""
-        row, count = self.rows[i], count or (lambda text: len(self.tokenizer.encode(text, add_special_tokens=False)))
-        prompt, thoughts, target = build_text(row, self.stage if stage is None else stage, **self.text)
+        if count is None:
+            def count(text):
+                return len(self.tokenizer.encode(text, add_special_tokens=False))
+        row = self.rows[i]
+        stage = self.stage if stage is None else stage
+        prompt, thoughts, target = build_text(row, stage, **self.text)
         visual = 0
         if row.get('image'):
-            tiles = count_tiles(*row['image_size'], self.tiles['size'], max_tiles=self.tiles['max_tiles'])
-            visual = tiles * self.shape['num_image_tokens'] + 2
+            tiles = count_tiles(*row['image_size'], self.tiles['size'],
+                                max_tiles=self.tiles['max_tiles'])
+            visual = tiles * self.shape['num_image_tokens'] + 2                 # <img> and </img>
         markers, end = 2 * bool(thoughts), 1
-        return visual + count(prompt.replace('<image>', '')) + thoughts + markers + count(target or '') + end
+        texts = count(prompt.replace('<image>', '')) + count(target or '')
+        return visual + texts + thoughts + markers + end
 
     def fits(self, i):
         """
-        Whether row i fits max_length at each stage it may be drawn to. A token has a byte at least, so few rows are
-        tokenized.
+        Whether row i fits max_length at each stage it may be drawn to. A token has a byte at least, so
+        few rows are tokenized.
         """
-        most, stages = self.shape['max_length'], range(self.stage + 1) if self.uniform_prob else [self.stage]
-        in_bytes = lambda text: len(text.encode())
-        return all(self.length(i, s, in_bytes) <= most or self.length(i, s) <= most for s in stages)
+        most = self.shape['max_length']
+        stages = range(self.stage + 1) if self.uniform_prob else [self.stage]
+        return all(self.length(i, stage, lambda text: len(text.encode())) <= most
+                   or self.length(i, stage) <= most for stage in stages)
 
 
-# --- images -----------------------------------------------------------------------------------------------------------
-TILING_VERSION = 1  # part of the cache's hash: raise it when tile_image gives other pixels
-
-
-def load_image(file):
-    """
-    RGB image from a path or bytes, upright, 16-bit greys scaled to 8. ValueError in one sentence where it is none.
-    """
-    name = file if isinstance(file, str) else 'image'
-    if isinstance(file, str) and not os.path.isfile(file):
-        raise FileNotFoundError(f'no image file {file}')
-    try:
-        image = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith('I') or image.mode == 'F':  # convert('RGB') would clip these at 255
-            grey = np.asarray(image, dtype=np.float64)
-            white = max(grey.max(), 255 if image.mode == 'F' else 65535)
-            image = Image.fromarray((grey / white * 255).clip(0, 255).astype(np.uint8))
-        return image.convert('RGB')
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's, on broken files
-        raise ValueError(f'{name} cannot be read as an image: {str(error).split(" <_io")[0]}') from None
-
-
-def tile_grid(width, height, size=448, min_tiles=1, max_tiles=8):
-    """
-    (columns, rows) of tiles for an image: the grid of the nearest aspect ratio; on a tie the larger one, if it is
-    filled half.
-    """
-    sides = range(1, max_tiles + 1)
-    grids = [(i, j) for i in sides for j in sides if min_tiles <= i * j <= max_tiles]
-    grids.sort(key=lambda g: g[0] * g[1])
-    best, least = (1, 1), float('inf')
-    for i, j in grids:
-        difference = abs(width / height - i / j)
-        if difference < least or (difference == least and width * height > 0.5 * size * size * i * j):
-            best, least = (i, j), difference
-    return best
-
-
-def count_tiles(width, height, size=448, min_tiles=1, max_tiles=8, thumbnail=True):
-    i, j = tile_grid(width, height, size, min_tiles, max_tiles)
-    return i * j + (thumbnail and i * j > 1)
-
-
-def tile_image(image, size=448, min_tiles=1, max_tiles=8, thumbnail=True):
-    """
-    PIL image to uint8 [P, 3, size, size]: the grid's tiles row by row and, if there are several, a thumbnail last.
-    """
-    i, j = tile_grid(*image.size, size, min_tiles, max_tiles)
-    image = image.convert('RGB')
-    whole = image.resize((size * i, size * j), Image.Resampling.BICUBIC)
-    tiles = [whole.crop((x * size, y * size, (x + 1) * size, (y + 1) * size)) for y in range(j) for x in range(i)]
-    if thumbnail and len(tiles) > 1:
-        tiles.append(image.resize((size, size), Image.Resampling.BICUBIC))
-    return torch.from_numpy(np.stack([np.asarray(tile) for tile in tiles])).permute(0, 3, 1, 2).contiguous()
-
-
-def load_tiles(row, folder, split, size=448, max_tiles=8, cache=True):
-    """A prepared row's tiles, from the cache, else from its image and into the cache; None without an image."""
-    if not row.get('image'):
-        return None
-    key = repr((size, 1, max_tiles, True, TILING_VERSION, row['image_hash']))
-    stem = os.path.splitext(os.path.basename(row['image']))[0]
-    path = os.path.join(folder, 'cache', 'tiles', split, f'{stem}_{hashlib.sha256(key.encode()).hexdigest()[:12]}.npy')
-    if cache and os.path.isfile(path):
-        return torch.from_numpy(np.load(path))
-    tiles = tile_image(load_image(os.path.join(folder, row['image'])), size, 1, max_tiles)
-    if cache:
-        with replacing(path) as part, open(part, 'wb') as f:
-            np.save(f, tiles.numpy())
-    return tiles
-
-
-# --- rows of a data set -----------------------------------------------------------------------------------------------
 def split_file(folder, split):
     return os.path.join(folder, f'{split}.jsonl')
 
@@ -340,7 +708,8 @@ def read_split(folder, split):
     """The rows of a prepared split."""
     path = split_file(folder, split)
     if not os.path.isfile(path):
-        raise FileNotFoundError(f'no prepared data at {path}: run prepare.py with the same config first')
+        raise FileNotFoundError(f'no prepared data at {path}: run prepare.py with the same config '
+                                'first')
     with open(path, encoding='utf-8') as f:
         rows = [json.loads(line) for line in f]
     if not rows:
@@ -349,11 +718,14 @@ def read_split(folder, split):
 
 
 def fitting_rows(split, stage, rows=None, **knobs):
-    """The rows of a split, or these, that fit max_length at this stage; the others are counted. knobs: of Rows."""
-    asked = Rows(read_split(knobs['data_dir'], split) if rows is None else rows, split, stage, **knobs)
-    kept, limit = [row for i, row in enumerate(asked.rows) if asked.fits(i)], f'max_length={knobs["max_length"]}'
+    """The rows of a split, or these, that fit max_length at this stage; the others are counted."""
+    rows = read_split(knobs['data_dir'], split) if rows is None else rows
+    asked = Rows(rows, split, stage, **knobs)
+    kept = [row for i, row in enumerate(asked.rows) if asked.fits(i)]
+    limit = f'max_length={knobs["max_length"]}'
     if len(kept) < len(asked):
-        print(f'stage {stage}: {len(asked) - len(kept)} of {len(asked)} {split} rows need more than {limit}: dropped')
+        print(f'stage {stage}: {len(asked) - len(kept)} of {len(asked)} {split} rows need more than '
+              f'{limit}: dropped')
     if not kept:
         raise ValueError(f'no {split} row fits {limit} at stage {stage}: raise it, or lower max_tiles')
     return kept
@@ -361,146 +733,543 @@ def fitting_rows(split, stage, rows=None, **knobs):
 
 def digest(folder, *splits):
     """Tells whether two runs saw the same rows."""
-    return hashlib.sha256(b''.join(open(split_file(folder, split), 'rb').read() for split in splits)).hexdigest()
+    content = b''.join(open(split_file(folder, split), 'rb').read() for split in splits)
+    return hashlib.sha256(content).hexdigest()
 
 
-def cut_steps(rationale, spans):
-    """A rationale as steps: its sentences; a single sentence as up to `spans` nearly equal spans of words."""
-    sentences = [s.strip() for s in re.split(r'(?<=[.!?])\s+', rationale.strip()) if s.strip()]
-    if len(sentences) != 1:
-        return sentences
-    words = sentences[0].split()
+# --- from anybody's row to a prepared one ---------------------------------------------------------
+# the fields that are read; any other column is named once
+FIELDS = ('question', 'image', 'image_path', 'choices', 'correct_choice_idx', 'answer', 'steps',
+          'results', 'rationales', 'question_id', 'idx', 'id')
+RESERVED = ('<image>', *SPECIAL_TOKENS, '<|im_start|>', '<|im_end|>', '<|endoftext|>')
+ABBREVIATION = re.compile(r'(?:\b(?:St|Dr|Mr|Mrs|Ms|Jr|Sr|Prof|Mt|vs|etc|approx|ca|[A-Z])'
+                          r'|\b[ap]\.m|\b(?:[A-Za-z]\.)+[A-Za-z])\.$')
+
+
+class Dropped(Exception):
+    """The reason why a row cannot be used."""
+
+
+def is_missing(value):
+    return (value is None or isinstance(value, float) and value != value
+            or isinstance(value, str) and not value.strip())
+
+
+def as_text(value, field):
+    """A field's value as text; numbers are written out."""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise Dropped(f'whose {field} is {type(value).__name__}, not text')
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value).strip()
+
+
+def as_items(value, field):
+    """A list, or a list written as text, as a list; None for any other text."""
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return list(value)
+    if isinstance(value, str):
+        if not re.fullmatch(r'\s*\[.*\]\s*', value, re.S):
+            return None
+        if re.search(r'''['"]\s+['"]''', value):  # without commas Python would glue the items
+            raise Dropped(f'whose {field} is a list without commas, written as text')
+        try:
+            items = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError):
+            return None
+        return items if isinstance(items, list) else None
+    raise Dropped(f'whose {field} is {type(value).__name__}, not a list')
+
+
+def sentences(text):
+    """A text cut at line ends and sentence ends, without the numbers or dashes of a list."""
+    found = []
+    for line in text.split('\n'):
+        line = re.sub(r'^\s*(?:(?:step\s+)?\d+[.):]|[-*•])\s+', '', line, flags=re.I)
+        parts = re.split(r'(?<=[.!?])\s+|(?<=[。！？])', line)
+        begun = ''
+        for part in parts:
+            begun = f'{begun} {part}'.strip()
+            if begun and not ABBREVIATION.search(begun):
+                found.append(begun)
+                begun = ''
+        if begun:
+            found.append(begun)
+    return found
+
+
+def cut_steps(text, spans):
+    """A text as steps: its sentences; a single sentence as up to `spans` nearly equal spans of words."""
+    found = sentences(text)
+    if len(found) != 1:
+        return found
+    words = found[0].split()
     return [' '.join(part) for part in np.array_split(words, min(spans, len(words)))]
+
+
+def texts_of(raw, field):
+    """The texts of a field that is a list or a single text, empty ones left out; [] without it."""
+    if is_missing(raw.get(field)):
+        return []
+    items = as_items(raw[field], field)
+    items = [raw[field]] if items is None else items
+    return [as_text(item, field) for item in items if not is_missing(item)]
+
+
+def find_choice(value, choices):
+    """The option that an answer means: its text or its letter."""
+    text = as_text(value, 'answer')
+    exact = {choice.strip() for choice in choices if choice.strip() == text}
+    letter = re.fullmatch(r'\(?([A-H])[.)]?', text)
+    meant = exact or {c.strip() for c in choices if c.strip().casefold() == text.casefold()}
+    if letter and not exact and letter[1] in LETTERS[:len(choices)]:
+        meant = meant | {choices[LETTERS.index(letter[1])].strip()}
+    if len(meant) != 1:
+        reason = 'several' if meant else 'none'
+        raise Dropped(f'whose answer is {reason} of its options')
+    return [choice.strip() for choice in choices].index(meant.pop())
+
+
+def right_choice(raw, choices):
+    """The number of the right option, from correct_choice_idx or answer; None where neither is known."""
+    index, known = raw.get('correct_choice_idx'), None
+    if isinstance(index, str) and index.strip().upper() in tuple(LETTERS):
+        index = LETTERS.index(index.strip().upper())
+    if not is_missing(index) and index != -1:
+        try:
+            known = int(index) if float(index) == int(float(index)) else None
+        except (TypeError, ValueError, OverflowError):
+            known = None
+        if isinstance(index, bool) or known is None or not 0 <= known < len(choices):
+            raise Dropped('without a valid correct_choice_idx')
+    if not is_missing(raw.get('answer')):
+        answered = find_choice(raw['answer'], choices)
+        if known is not None and choices[known].strip() != choices[answered].strip():
+            raise Dropped('whose answer and correct_choice_idx disagree')
+        known = answered if known is None else known
+    return known
 
 
 def build_row(raw, split, steps_from='first', max_latent_stage=4):
     """A raw row to (prepared row, None), or to (None, the reason it is dropped)."""
-    if not isinstance(raw['question'], str):
-        return None, 'without a question'
-    row = dict(question_id=str(raw.get('question_id', raw.get('idx', ''))), question=raw['question'].strip())
-    if 'choices' not in raw:  # Coconut's format
-        row.update({key: list(raw[key]) for key in ('steps', 'results') if key in raw}, answer=raw['answer'].strip())
-        return row, None
-    row['choices'], right = [str(c).strip() for c in raw['choices']], raw['correct_choice_idx']
-    if len(row['choices']) != 4:
-        return None, 'without exactly four options'
-    if right is None and split == 'test':
-        return row, None
-    if right is None or not 0 <= right < 4:
-        return None, 'without a valid correct_choice_idx'
-    rationales = [r.strip() for r in raw['rationales'] or () if r and r.strip()]
-    if not rationales and split == 'train':
-        return None, 'without a rationale'
-    steps = rationales if steps_from == 'all' else cut_steps(rationales[0], max_latent_stage) if rationales else []
-    explanation = re.split(r'(?<=[.!?])\s+', rationales[0])[0] if rationales else ''
-    return dict(row, correct_choice_idx=right, steps=steps, answer=row['choices'][right], explanation=explanation), None
+    try:
+        return read_row(raw, split, steps_from, max_latent_stage), None
+    except Dropped as reason:
+        return None, str(reason)
+
+
+def read_row(raw, split, steps_from, max_latent_stage):
+    """A raw row's fields as a prepared row has them, the image left out. Raises Dropped."""
+    if is_missing(raw.get('question')):
+        raise Dropped('without a question')
+    names = [raw.get(field) for field in ('question_id', 'idx', 'id')]
+    name = next((as_text(n, 'question_id') for n in names if not is_missing(n)), '')
+    row = dict(question_id=name, question=as_text(raw['question'], 'question'))
+    right = None
+    choices = raw.get('choices')
+    if not is_missing(choices) and not (isinstance(choices, list) and not choices):
+        choices = as_items(choices, 'choices')
+        if choices is None or not 2 <= len(choices) <= len(LETTERS):
+            raise Dropped(f'without 2 to {len(LETTERS)} options')
+        if any(is_missing(choice) for choice in choices):
+            raise Dropped('with an empty option')
+        # spaces around an option stay: scorers compare the text as the data set has it
+        row['choices'] = [c if isinstance(c, str) else as_text(c, 'choices') for c in choices]
+        right = right_choice(raw, row['choices'])
+        if right is not None:
+            row['correct_choice_idx'] = right
+            row['answer'] = row['choices'][right].strip()
+    elif not is_missing(raw.get('answer')):
+        row['answer'] = as_text(raw['answer'], 'answer')
+    if 'answer' not in row:
+        if split != 'test':
+            raise Dropped('without a valid correct_choice_idx' if 'choices' in row
+                          else 'without an answer')
+    else:
+        rationales = texts_of(raw, 'rationales')
+        if not is_missing(raw.get('steps')):
+            text = raw['steps'] if isinstance(raw['steps'], str) else ''
+            written = text and as_items(text, 'steps') is None
+            steps = cut_steps(text, max_latent_stage) if written else texts_of(raw, 'steps')
+        elif steps_from == 'all':
+            steps = rationales
+        else:
+            steps = cut_steps(rationales[0], max_latent_stage) if rationales else []
+        row['steps'] = [' '.join(step.split()) for step in steps]  # a step is a line
+        source = rationales[:1] or row['steps'][:1]
+        row['explanation'] = (sentences(source[0]) or [''])[0] if source else ''
+        if not is_missing(raw.get('results')):
+            row['results'] = texts_of(raw, 'results')
+    check_text(row)
+    return row
+
+
+def check_text(row):
+    """Raises Dropped for what would be taken for one of the prompt's own tokens, or is no text."""
+    texts = [row['question'], row.get('answer', ''), *row.get('choices', ()), *row.get('steps', ())]
+    for text in texts:
+        for token in RESERVED:
+            if token in text:
+                raise Dropped(f'whose own text holds {token}')
+    try:
+        row['question_id'].encode()
+        ''.join(texts).encode()
+    except UnicodeEncodeError:
+        raise Dropped('whose text is not valid Unicode') from None
+
+
+def read_picture(raw, folders):
+    """The bytes of a raw row's image; None without one. Raises Dropped."""
+    value = raw.get('image')
+    if isinstance(value, dict):  # a parquet file's struct
+        value = value.get('bytes') or value.get('path')
+    if is_missing(value) or isinstance(value, (bytes, list)) and not len(value):
+        value = raw.get('image_path')
+    if isinstance(value, (list, tuple)):
+        if len(value) > 1:
+            raise Dropped(f'with {len(value)} images, where one is used')
+        return read_picture(dict(image=value[0] if value else None), folders)
+    if is_missing(value):
+        return None
+    if isinstance(value, bytes):
+        return value
+    if not isinstance(value, str):
+        raise Dropped(f'whose image is {type(value).__name__}, not a path or bytes')
+    for folder in folders:
+        path = os.path.join(folder, value)
+        if len(value) < 4096 and os.path.isfile(path):
+            with open(path, 'rb') as f:
+                return f.read()
+    raise Dropped('whose image file is not there')
+
+
+# --- where rows come from -------------------------------------------------------------------------
+SPLITS = ('train', 'validation', 'test')
+SPLIT_WORDS = dict(train='train', validation='validation', valid='validation', val='validation',
+                   dev='validation', test='test')
+
+
+def words_of(path):
+    """The words of a file's name, without shard numbers."""
+    name = os.path.splitext(os.path.basename(path))[0].lower()
+    return re.findall(r'[a-z]+|\d+', re.sub(r'\d+-of-\d+', '', name))
+
+
+def cut_name(path):
+    """A file name's last word that says a split, and its other words: ('train', ['own', 'val'])."""
+    words = words_of(path)
+    places = [i for i, word in enumerate(words) if word in SPLIT_WORDS]
+    if not places:
+        return '', words
+    return words[places[-1]], words[:places[-1]] + words[places[-1] + 1:]
+
+
+def split_of(name):
+    """The only split that a file's or a folder's name says; '' for none or several."""
+    found = {SPLIT_WORDS[word]: word for word in words_of(name) if word in SPLIT_WORDS}
+    return found.popitem()[1] if len(found) == 1 else ''
+
+
+def find_files(dataset):
+    """
+    The files of a local data set: split -> paths. A folder's parquet files, by a whole word of the name
+    or of the folder they are in; a single file's companions, which differ from it in that word alone.
+    """
+    used, own = [], ''
+    if os.path.isdir(dataset):
+        pattern = os.path.join(glob.escape(dataset), '**', '*.parquet')
+        beside = sorted(glob.glob(pattern, recursive=True))
+        for path in beside:
+            parent = os.path.relpath(os.path.dirname(path), dataset)
+            word = split_of(path) or split_of(parent)
+            if word:
+                used.append((word, path))
+    else:
+        pattern = os.path.join(glob.escape(os.path.dirname(dataset)), '*')
+        beside = sorted(path for path in glob.glob(pattern + os.path.splitext(dataset)[1]))
+        own, stem = cut_name(dataset)
+        used = [(cut_name(path)[0], path) for path in beside
+                if own and cut_name(path)[0] and cut_name(path)[1] == stem]
+        used = used or [('train', dataset)]
+    files = {}
+    for split in SPLITS:
+        words = [word for word in SPLIT_WORDS if SPLIT_WORDS[word] == split]
+        words.sort(key=lambda word: word != own)  # of val and dev the one that was given, else the first
+        present = [word for word in words if any(word == w for w, _ in used)]
+        if present:
+            files[split] = [path for word, path in used if word == present[0]]
+    chosen = {path for paths in files.values() for path in paths}
+    left = [os.path.relpath(path, os.path.dirname(dataset) or '.') for path in beside
+            if path not in chosen]
+    if left:
+        more = ', ...' if len(left) > 3 else ''
+        print(f'not used, {len(left)} more files there: {", ".join(left[:3])}{more}')
+    return files
+
+
+def read_json(path):
+    """The rows of a .json file, a list, or of a .jsonl file, one a line; either name for either."""
+    try:
+        with open(path, encoding='utf-8-sig') as f:
+            text = f.read()
+    except UnicodeDecodeError:
+        raise ValueError(f'{path} is not UTF-8 text: save it as UTF-8') from None
+    try:
+        rows = json.loads(text)
+        rows = [rows] if isinstance(rows, dict) and 'question' in rows else rows
+    except json.JSONDecodeError as error:
+        rows, first = [], error
+        for number, line in enumerate(text.split('\n'), 1):
+            try:
+                if line.strip():
+                    rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                reason = f'line {number}: {error.msg}' if rows else str(first)
+                raise ValueError(f'{path} is neither a JSON list nor a JSON row a line ({reason})'
+                                 ) from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f'{path} is not a list of rows: expected [{{"question": ..., "steps": [...], '
+                         '"answer": ...}, ...] or such a row a line')
+    return rows
 
 
 def read_raw(dataset, data_dir):
-    """split -> sequence of raw rows, of a JSON file, a folder of parquet files or a hub id. Images stay bytes."""
-    if dataset.endswith('.json'):
-        splits = {'train': dataset}
-        for split, word in (('validation', 'valid'), ('test', 'test')):
-            folder, name = os.path.split(dataset)
-            other = os.path.join(folder, name.replace('train', word))
-            if other != dataset and os.path.isfile(other):
-                splits[split] = other
-        rows = {split: read_coconut(path) for split, path in splits.items()}
-        if 'validation' not in rows:
-            held = max(1, len(rows['train']) // 20)
-            print(f'no validation file beside {dataset}: the last {held} rows are held out')
-            rows['train'], rows['validation'] = rows['train'][:-held], rows['train'][-held:]
-        return rows
+    """
+    (split -> sequence of raw rows, folders that their image paths start from) of a JSON or parquet
+    file, a folder of parquet files, or a hub id.
+    """
+    if dataset.endswith(('.json', '.jsonl', '.parquet')) and not os.path.isdir(dataset):
+        if not os.path.isfile(dataset):
+            raise FileNotFoundError(f'no data file {dataset}')
+    elif os.path.isfile(dataset):
+        raise ValueError(f'{dataset} is not a .jsonl, .json or .parquet file: convert it to one')
+    local = os.path.exists(dataset)
+    if not local and not re.fullmatch(r'[\w.-]+(?:/[\w.-]+)?', dataset):
+        raise FileNotFoundError(f'{dataset} is neither a folder, nor a file, nor a hub id like '
+                                'HuggingFaceM4/A-OKVQA')
+    files = find_files(dataset) if local else {}
+    if local and not files:
+        raise ValueError(f'{dataset} holds no train*.parquet, validation*.parquet or test*.parquet '
+                         'file: give such a folder, or a .jsonl or .json file')
+    folders = [os.path.abspath(dataset), *(os.path.dirname(path) for paths in files.values()
+                                           for path in paths)]
+    if dataset.endswith(('.json', '.jsonl')) and local:
+        rows = {split: [row for path in paths for row in read_json(path)]
+                for split, paths in files.items()}
+    else:
+        rows = read_arrow(dataset, files, data_dir)
+    if list(rows) == ['train'] and local:
+        train = rows['train']
+        held = max(1, len(train) // 20)
+        if len(train) < 2:
+            raise ValueError(f'{dataset} holds {len(train)} row(s) and no validation file stands '
+                             'beside it: give two rows or more')
+        print(f'no validation file beside {dataset}: the last {held} rows are held out')
+        first = len(train) - held
+        if isinstance(train, list):
+            rows = dict(train=train[:first], validation=train[first:])
+        else:
+            rows = dict(train=train.select(range(first)),
+                        validation=train.select(range(first, len(train))))
+    return rows, list(dict.fromkeys(folders))
+
+
+def read_arrow(dataset, files, data_dir):
+    """split -> rows of parquet files, or of a data set of the hub. Images stay bytes."""
     import datasets
     datasets.disable_progress_bars()
-    where = dict(path=dataset)
-    if os.path.isdir(dataset):
-        found = sorted(glob.glob(os.path.join(glob.escape(dataset), '**', '*.parquet'), recursive=True))
-        files = {s: [f for f in found if s in os.path.basename(f)] for s in ('train', 'validation', 'test')}
-        files = {s: f for s, f in files.items() if f}
-        if not files:
-            raise ValueError(f'{dataset} holds no train*.parquet, validation*.parquet or test*.parquet file')
-        where = dict(path='parquet', data_files=files, cache_dir=os.path.join(data_dir, 'cache', 'arrow'))
     try:
-        loaded = datasets.load_dataset(**where)
-    except Exception as error:  # hub and file readers raise many kinds; each means the data set cannot be had
-        raise OSError(f'the data set {dataset} could not be had ({type(error).__name__}): give a local folder of its '
-                      'whole parquet files with --dataset=FOLDER, or draw the built-in one with config/toy.py'
-                      ) from None
-    columns = next(iter(loaded.values())).column_names
-    lacking = {'image', 'question', 'choices', 'correct_choice_idx', 'rationales'} - set(columns)
-    if lacking:
-        raise ValueError(f'{dataset} lacks the columns {", ".join(sorted(lacking))} of A-OKVQA\'s schema')
-    return {split: loaded[split].cast_column('image', datasets.Image(decode=False)) for split in loaded}
-
-
-def read_coconut(path):
-    try:
-        with open(path, encoding='utf-8') as f:
-            rows = json.load(f)
-        assert isinstance(rows, list) and all({'question', 'steps', 'answer'} <= row.keys() for row in rows)
-    except FileNotFoundError:
-        raise FileNotFoundError(f'no data file {path}') from None
-    except (AssertionError, AttributeError, json.JSONDecodeError) as error:
-        raise ValueError(f'{path} is not a JSON list of rows with question, steps and answer {error}'.strip()) from None
-    return [dict(row, question_id=str(i)) for i, row in enumerate(rows)]
-
-
-def prepare_split(raw, split, folder, steps_from, max_latent_stage, image_size, max_tiles, cache_tiles):
-    """Filters, writes images, tiles and {split}.jsonl; gives the rows. Says what it dropped and why."""
-    rows, dropped, need = [], defaultdict(list), 0
-    for i, fields in enumerate(tqdm(raw, desc=f'{split}: reading', disable=None)):
-        row, reason = build_row(fields, split, steps_from, max_latent_stage)
-        if row is None:
-            dropped[reason].append(str(fields.get('question_id', i)))
+        if files:
+            cache = os.path.join(data_dir, 'cache', 'arrow')
+            found = {split: datasets.load_dataset('parquet', data_files={split: paths}, split=split,
+                                                  cache_dir=cache)
+                     for split, paths in files.items()}
+        else:
+            found = datasets.load_dataset(dataset)
+    except Exception as error:  # hub and file readers raise many kinds: the data cannot be had
+        raise OSError(f'the data set {dataset} could not be had ({type(error).__name__}): give a '
+                      'local folder of its whole parquet files with --dataset=FOLDER, or draw the '
+                      'built-in one with config/toy.py') from None
+    loaded = {}
+    for name, rows in found.items():
+        split = SPLIT_WORDS.get(name)
+        if split is None or split in loaded:
+            print(f'not used, the split {name} of {dataset}')
             continue
-        row['question_id'] = row['question_id'] or str(i)
-        if fields.get('image'):
-            data = fields['image']['bytes']
-            try:
-                with Image.open(io.BytesIO(data)) as image:
-                    kind, size = image.format.lower(), image.size
-            except (OSError, ValueError) as error:
-                dropped['with an unreadable image'].append(f'{row["question_id"]} ({error})')
+        if isinstance(rows.features.get('image'), datasets.Image):
+            rows = rows.cast_column('image', datasets.Image(decode=False))
+        loaded[split] = rows
+    return loaded
+
+
+def name_unused(raw, dataset):
+    """Says once which columns are not read. Raises ValueError where the rows have no question."""
+    columns = {}
+    for rows in raw.values():
+        names = getattr(rows, 'column_names', None)
+        for row in [dict.fromkeys(names)] if names else rows:
+            columns.update(dict.fromkeys(row))
+    unused = [str(column) for column in columns if column not in FIELDS]
+    if columns and 'question' not in columns:
+        raise ValueError(f'{dataset} has no column question but {", ".join(unused)[:200]}: rows are '
+                         f'read by the names {", ".join(FIELDS)}; rename, or convert each '
+                         'conversation to such a row')
+    if unused:
+        print(f'columns not used: {", ".join(unused)}')
+
+
+# --- preparing ------------------------------------------------------------------------------------
+class Split:
+    """The rows of one split on their way: read, checked, and what was dropped with its reason."""
+
+    def __init__(self, raw, split, folders, steps_from, max_latent_stage):
+        self.raw, self.split, self.folders = raw, split, folders
+        self.rows = []                    # (place in raw, prepared row)
+        self.dropped = defaultdict(list)  # reason -> rows
+        for i, fields in enumerate(tqdm(raw, desc=f'{split}: reading', disable=None)):
+            row, reason = build_row(fields, split, steps_from, max_latent_stage)
+            if row is None:
+                self.dropped[reason].append(str(fields.get('question_id', i)))
                 continue
-            stem = re.sub(r'\W', '_', row['question_id']) or str(i)
-            row.update(image=f'images/{split}/{stem}.{kind}', image_size=size,
-                       image_hash=hashlib.sha256(data).hexdigest()[:16])
-            tiles = count_tiles(*size, image_size, max_tiles=max_tiles)
-            need += len(data) + cache_tiles * (128 + 3 * image_size ** 2 * tiles)
-        rows.append((i, row))
-    name, count = Counter(row['question_id'] for _, row in rows).most_common(1)[0] if rows else ('', 0)
-    if count > 1:
-        raise ValueError(f'{split} holds {count} rows with question_id {name}: every row needs one of its own')
-    free = shutil.disk_usage(folder).free
-    if need:
-        print(f'{split}: images and tiles take up to {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free')
-    if need > free:
-        raise OSError(f'{split} needs {need / 1e9:.2f} GB in {folder}, {free / 1e9:.2f} GB are free: choose another '
-                      '--data_dir, or --cache_tiles=False, which tiles while training')
-    kept = []
-    for i, row in tqdm(rows, desc=f'{split}: images and tiles', disable=None):
-        if row.get('image'):
-            path, data = os.path.join(folder, row['image']), raw[i]['image']['bytes']
+            row['question_id'] = row['question_id'] or str(i)
             try:
-                load_image(data) if not cache_tiles else None
-                if not os.path.isfile(path) or os.path.getsize(path) != len(data) or open(path, 'rb').read() != data:
-                    with replacing(path) as part, open(part, 'wb') as f:
-                        f.write(data)
-                load_tiles(row, folder, split, image_size, max_tiles, cache_tiles)
+                data = read_picture(fields, folders)
+                if data is not None:
+                    kind, size = image_header(data)
+                    row.update(image=kind, image_size=size, bytes=len(data),
+                               image_hash=hashlib.sha256(data).hexdigest()[:16])
+            except Dropped as error:
+                self.drop(str(error), row, fields)
             except ValueError as error:
-                dropped['with an unreadable image'].append(f'{row["question_id"]} ({error})')
+                self.drop('with an unreadable image', row, fields, f' ({error})')
+            else:
+                self.rows.append((i, row))
+
+    def drop(self, reason, row, fields=None, more=''):
+        path = (fields or {}).get('image_path') or (fields or {}).get('image')
+        path = path.get('path') if isinstance(path, dict) else path
+        where = f' ({path[:60]})' if 'not there' in reason and isinstance(path, str) else ''
+        self.dropped[reason].append(row['question_id'][:40] + where + more)
+
+    def keep(self, condition, reason):
+        """Drops the rows for which a condition does not hold."""
+        kept = [pair for pair in self.rows if condition(pair[1])]
+        for _, row in self.rows:
+            if not condition(row):
+                self.drop(reason, row)
+        self.rows = kept
+
+    def check(self, any_image, any_steps):
+        """What can be told only when all rows are known."""
+        if any_image:
+            self.keep(lambda row: 'image' in row, 'without the image that other rows have')
+        bare = sum(not row['steps'] for _, row in self.rows if 'steps' in row)
+        if any_steps and self.split == 'train':
+            self.keep(lambda row: row['steps'], 'without steps (nor a rationale), which nothing '
+                                                'can stand for')
+        elif bare:
+            print(f'{self.split}: {bare} of {len(self.rows)} rows have no steps: they get the full '
+                  'number of thoughts of each stage')
+        names = Counter(row['question_id'] for _, row in self.rows)
+        name, count = names.most_common(1)[0] if names else ('', 0)
+        if count > 1:
+            raise ValueError(f'{self.split} holds {count} rows with question_id {name}: every row '
+                             'needs one of its own')
+
+    def name_files(self):
+        """A file name for each image, short, portable, and of one row alone."""
+        taken = set()
+        for _, row in self.rows:
+            if 'image' not in row:
                 continue
-        kept.append(row)
-    for reason, names in dropped.items():
-        print(f'{split}: dropped {len(names)} rows {reason}: {", ".join(names[:3])}{", ..." if len(names) > 3 else ""}')
-    if not kept:
-        raise ValueError(f'{split} holds no usable row of {len(raw)}: see the reasons above, and give another '
-                         '--dataset')
-    with replacing(split_file(folder, split)) as part, open(part, 'w', encoding='utf-8') as f:
-        f.writelines(json.dumps(row, ensure_ascii=False) + '\n' for row in kept)
-    print(f'{split}: {len(kept)} rows of {len(raw)}')
-    return kept
+            stem = re.sub(r'\W', '_', row['question_id'], flags=re.ASCII)[:80] or 'row'
+            if stem.lower() in taken:  # another id that differs in case or signs alone
+                stem += '-' + hashlib.sha256(row['question_id'].encode()).hexdigest()[:12]
+            taken.add(stem.lower())
+            row['image'] = f'images/{self.split}/{stem}.{row["image"]}'
+
+    def need(self, image_size, max_tiles, cache_tiles):
+        """Bytes that images and tiles take."""
+        total = 0
+        for _, row in self.rows:
+            if 'image' in row:
+                tiles = count_tiles(*row['image_size'], image_size, max_tiles=max_tiles)
+                header = 128                                                    # of a .npy file
+                total += row['bytes'] + cache_tiles * (header + 3 * image_size ** 2 * tiles)
+        return total
+
+    def write_images(self, folder, image_size, max_tiles, cache_tiles):
+        kept = []
+        for i, row in tqdm(self.rows, desc=f'{self.split}: images and tiles', disable=None):
+            row.pop('bytes', None)
+            if 'image' in row:
+                path, data = os.path.join(folder, row['image']), read_picture(self.raw[i], self.folders)
+                try:
+                    if not cache_tiles:
+                        load_image(data)
+                    if not holds(path, data):
+                        with replacing(path) as part, open(part, 'wb') as f:
+                            f.write(data)
+                    load_tiles(row, folder, self.split, image_size, max_tiles, cache_tiles)
+                except ValueError as error:
+                    self.drop('with an unreadable image', row, more=f' ({error})')
+                    continue
+            kept.append((i, row))
+        self.rows = kept
+
+    def report(self):
+        for reason, names in self.dropped.items():
+            more = ', ...' if len(names) > 3 else ''
+            print(f'{self.split}: dropped {len(names)} rows {reason}: {", ".join(names[:3])}{more}')
+        if not self.rows:
+            raise ValueError(f'{self.split} holds no usable row of {len(self.raw)}: see the reasons '
+                             'above, and give another --dataset')
+        print(f'{self.split}: {len(self.rows)} rows of {len(self.raw)}')
+
+
+def holds(path, data):
+    """Whether a file has this content."""
+    if not os.path.isfile(path) or os.path.getsize(path) != len(data):
+        return False
+    with open(path, 'rb') as f:
+        return f.read() == data
+
+
+def prepare(raw, folders, data_dir, steps_from, max_latent_stage, image_size, max_tiles, cache_tiles):
+    """
+    split -> prepared rows. Filters, writes images and tiles, and last, when all is known to be right,
+    the {split}.jsonl files; those of an earlier preparation are removed. Says what it dropped and why.
+    """
+    splits = [Split(rows, split, folders, steps_from, max_latent_stage)
+              for split, rows in raw.items()]
+    every = [row for split in splits for _, row in split.rows]
+    any_image = any('image' in row for row in every)
+    any_steps = any(row.get('steps') for row in every)
+    for split in splits:
+        split.check(any_image, any_steps)
+        split.name_files()
+    need = sum(split.need(image_size, max_tiles, cache_tiles) for split in splits)
+    free = shutil.disk_usage(data_dir).free
+    if need:
+        print(f'images and tiles take up to {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free')
+    if need > free:
+        raise OSError(f'{data_dir} needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free: choose '
+                      'another --data_dir, or --cache_tiles=False, which tiles while training')
+    for split in splits:
+        split.write_images(data_dir, image_size, max_tiles, cache_tiles)
+        split.report()
+    return {split.split: [row for _, row in split.rows] for split in splits}
+
+
+def write_splits(prepared, data_dir):
+    for split in SPLITS:
+        path = split_file(data_dir, split)
+        if split in prepared:
+            with replacing(path) as part, open(part, 'w', encoding='utf-8') as f:
+                f.writelines(json.dumps(row, ensure_ascii=False) + '\n' for row in prepared[split])
+        elif os.path.isfile(path):
+            os.remove(path)
+            print(f'removed {path}, which an earlier preparation had left')
 
 
 if __name__ == '__main__':
@@ -508,17 +1277,22 @@ if __name__ == '__main__':
     if init_from != 'scratch' and not init_from.endswith('.pt'):
         fetch(init_from)  # into the hub's cache now, so that training needs no network
     os.makedirs(data_dir, exist_ok=True)
-    source = dataset
     if dataset in ('toy', 'prosqa'):
         import toy
-        source, counts = os.path.join(data_dir, 'drawn'), dict(train=train_rows, validation=val_rows, test=test_rows)
-        if dataset == 'toy':
-            toy.draw(source, counts, seed, hops)
-        else:
-            source = toy.draw_graphs(source, counts, seed, nodes)
-    how = data_dir, steps_from, max_latent_stage, image_size, max_tiles, cache_tiles
-    prepared = {split: prepare_split(raw, split, *how) for split, raw in read_raw(source, data_dir).items()}
+        counts = dict(train=train_rows, validation=val_rows, test=test_rows)
+        drawn = toy.draw(counts, seed, hops) if dataset == 'toy' else toy.draw_graphs(counts, seed, nodes)
+        raw, folders = drawn, []
+    else:
+        raw, folders = read_raw(dataset, data_dir)
+        name_unused(raw, dataset)
+    prepared = prepare(raw, folders, data_dir, steps_from, max_latent_stage, image_size, max_tiles,
+                       cache_tiles)
     if init_from == 'scratch':
-        texts = ((fill(prompt, row), '\n'.join(row['steps']), fill(answer, row)) for row in prepared['train'])
+        if 'train' not in prepared:
+            raise ValueError(f'{dataset} has no training rows, and init_from=scratch trains a '
+                             'tokenizer on them: give a file or folder with some')
+        texts = ((fill(prompt, row), '\n'.join(row['steps']), fill(answer, row))
+                 for row in prepared['train'])
         train_tokenizer((text for row in texts for text in row), os.path.join(data_dir, 'tokenizer'))
+    write_splits(prepared, data_dir)
     print(f'prepared {data_dir}')

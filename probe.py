@@ -123,13 +123,19 @@ def pair(right, other):
 
 def results_of(row, tokenizer):
     """
-    For each step the tokens that would name its result: the first of the row's `results`, where it has these, else of
-    the step itself, with a space before it and without.
+    For each step the tokens that would name its result, with a space before it and without: the first token of the
+    row's `results`; without these, of the last word of a step in Coconut's format ("Every wumpus is a lompus."), and
+    of a step itself where there are options (the colours of the chain).
     """
-    first = lambda text: tokenizer.encode(text, add_special_tokens=False)[:1]
-    named = lambda result: {token for text in (f'{result}', f' {result}') for token in first(text)}
-    return [{token for token in named(result) if tokenizer.decode([token]).strip()}
-            for result in row.get('results') or row.get('steps') or ()]
+    steps = row.get('steps') or ()
+    results = row.get('results')
+    if not results:
+        results = steps if row.get('choices') else [(re.findall(r'\w+', step) or [step])[-1] for step in steps]
+    found = []
+    for result in results:
+        first = [tokenizer.encode(text, add_special_tokens=False)[:1] for text in (f'{result}', f' {result}')]
+        found.append({token for ids in first for token in ids if tokenizer.decode([token]).strip()})
+    return found
 
 
 @torch.no_grad()
@@ -190,9 +196,13 @@ def describe_thoughts(table):
 def pyplot():
     import matplotlib
     matplotlib.use('Agg')
-    matplotlib.rcParams['text.parse_math'] = False  # a question may hold a $
     import matplotlib.pyplot
     return matplotlib.pyplot
+
+
+def literal(text):
+    """Text as it is, for matplotlib, which takes what stands between two $ for mathematics."""
+    return text.replace('$', r'\$')
 
 
 def save(figure, path):
@@ -206,8 +216,8 @@ def draw_thoughts(path, model, tokenizer, thoughts, rows, table):
     row = int(thoughts.any(-1).sum(1).argmax())  # one with as many thoughts as there are
     p, mass = torch.cat([*say(model, thoughts[row])]), torch.tensor([t['mass_on_step'] for t in table])
     tokens = p.max(0).values.topk(min(10, p.shape[1])).indices
-    names = [ascii(tokenizer.decode([t])).strip("'").replace(' ', '·') for t in tokens]
-    panels = [(p[:, tokens], names, f'"{rows[row]["question"][-60:]}": probability of a token')]
+    names = [literal(ascii(tokenizer.decode([t])).strip("'").replace(' ', '·')) for t in tokens]
+    panels = [(p[:, tokens], names, f'"{literal(rows[row]["question"][-60:])}": probability of a token')]
     if mass.numel():
         steps = [f'step {j + 1}' for j in range(mass.shape[1])]
         panels.append((mass, steps, f'{len(rows)} rows: of the step\'s result'))

@@ -48,7 +48,8 @@ def normalised(tiles):
 
 def embed(theirs, batch):
     """transformers' fused embeddings [B, T, D], the ViT run once."""
-    visual = theirs.model.get_image_features(normalised(batch['pixel_values'])).pooler_output
+    visual = theirs.model.get_image_features(normalised(batch['pixel_values']))
+    visual = getattr(visual, 'pooler_output', visual)  # transformers 4 gives the tensor itself
     x = theirs.get_input_embeddings()(batch['input_ids'])
     here = batch['input_ids'] == theirs.config.image_token_id
     return x.masked_scatter(here[..., None], visual.to(x.dtype))

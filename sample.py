@@ -11,6 +11,7 @@ import os
 import time
 
 import torch
+from PIL import Image
 
 from configurator import configure
 from evaluate import respond
@@ -27,25 +28,31 @@ max_new_tokens = 128
 temperature = 0.0                         # 0 for greedy
 top_p = 1.0
 show_thoughts = 0                         # how many top tokens to print for each thought
-device = 'auto'                           # 'auto', 'cpu', 'cuda'
+device = 'auto'                           # 'auto', 'cpu', 'cuda', 'mps'
 dtype = 'auto'                            # of the weights: 'float32', 'bfloat16'; 'auto' is bfloat16 on a GPU
 compile = False                           # compile the decoding step: a minute once, then faster long answers
 seed = 1337
 
-UNTRAINED = dict(mode='coconut', c_thought=1, max_latent_stage=0, max_tiles=12, answer='',
-                 prompt="<image>\n{question}\n\n{choices}\nAnswer with the option's letter.",
-                 template='chatml', visual_bridge=False)  # how a checkpoint that was not trained here is asked
+UNTRAINED = dict(mode='coconut', c_thought=1, max_latent_stage=0, max_tiles=12, answer='{letter}', template='chatml',
+                 visual_bridge=False, pad_latent_to_max=True)  # how a checkpoint that was not trained here is asked
+ASKED = '<image>\n{question}'
+DIRECTLY = "\n{choices}\nAnswer with the option's letter from the given choices directly."  # InternVL's own words
 
 
 def find_images(image):
     """The files that --image names, in order."""
     if os.path.isdir(image):
-        kinds = '.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif'
-        names = sorted(name for name in os.listdir(image) if name.lower().endswith(kinds))
-        if not names:
-            raise ValueError(f'the folder {image} holds no image: give a file, or a folder of png, jpg, webp, bmp or '
-                             'gif files')
-        return [os.path.join(image, n) for n in names]
+        names = [name for name in sorted(os.listdir(image)) if not name.startswith('.')]
+        kinds = tuple(Image.registered_extensions())
+        found = [name for name in names if name.lower().endswith(kinds)]
+        if not found:
+            raise ValueError(f'the folder {image} holds no image: give a file, or a folder of png, jpg, webp, tif or '
+                             'other image files')
+        if len(found) < len(names):
+            print(f'{image}: {len(names) - len(found)} files are left out, their endings are not those of images')
+        return [os.path.join(image, name) for name in found]
+    if os.path.isfile(image):
+        return [image]  # a comma may be part of its name
     return [name.strip() for name in image.split(',') if name.strip()] or [None]
 
 
@@ -64,8 +71,11 @@ if __name__ == '__main__':
     if options and (not 2 <= len(options) <= len(LETTERS) or not all(options)):
         raise ValueError(f'--choices={choices!r} gives {len(options)} options: expected 2 to {len(LETTERS)}, none of '
                          'them empty, as in "cat|dog|bird"')
-    of_text = 'mode', 'c_thought', 'max_latent_stage', 'prompt', 'answer', 'template', 'visual_bridge'
-    text = {k: knobs[k] for k in of_text}
+    of_text = ('mode', 'c_thought', 'max_latent_stage', 'prompt', 'answer', 'template', 'visual_bridge',
+               'pad_latent_to_max')
+    text = {k: knobs[k] for k in of_text if k in knobs}
+    if 'prompt' not in knobs:
+        text['prompt'] = ASKED + DIRECTLY if options else ASKED
     if num_thoughts >= 0:
         text.update(c_thought=1, max_latent_stage=num_thoughts)
         stage = num_thoughts

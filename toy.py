@@ -25,14 +25,10 @@ nodes, and a trained model that scored 89 % had learnt little but that.
 """
 import functools
 import io
-import json
 import operator
-import os
 
 import numpy as np
 from PIL import Image
-
-from checkpoint import replacing
 
 COLOURS = {'red': (220, 40, 40), 'green': (40, 160, 60), 'blue': (50, 80, 220), 'yellow': (235, 215, 60),
            'pink': (245, 150, 190), 'brown': (125, 80, 45), 'black': (25, 25, 25), 'white': (245, 245, 245)}
@@ -60,29 +56,19 @@ def draw_chain(rng, hops=HOPS):
         rationales=[*(names[r] for r in path[1:-1]), f'{right} is where the last door leads'])
 
 
-def draw(folder, rows, seed, hops=HOPS):
-    """
-    Writes `rows` (split -> number) as {folder}/{split}.parquet, images as PNG. Every split has its own random stream.
-    """
+def draw(rows, seed, hops=HOPS):
+    """split -> raw rows for `rows`, split -> number; images as PNG. Every split has its own random stream."""
     if not 1 <= hops < len(NUMBERS):
         raise ValueError(f'hops={hops}: expected 1 to {len(NUMBERS) - 1}')
-    from datasets import Dataset, Features, List, Value, disable_progress_bars
-    from datasets import Image as ImageFeature
-    disable_progress_bars()
-    text = Value('string')
-    features = Features(image=ImageFeature(), question_id=text, question=text, choices=List(text),
-                        correct_choice_idx=Value('int8'), direct_answers=text, difficult_direct_answer=Value('bool'),
-                        rationales=List(text))
+    drawn = {}
     for number, (split, count) in enumerate(rows.items()):
-        rng, drawn = np.random.default_rng((seed, number)), []
+        rng, drawn[split] = np.random.default_rng((seed, number)), []
         for i in range(count):
             image, fields = draw_chain(rng, hops)
             png = io.BytesIO()
             Image.fromarray(image).save(png, 'PNG')
-            drawn.append(dict(fields, image=dict(bytes=png.getvalue(), path=None), question_id=f'{i:05d}'))
-        path = os.path.join(folder, f'{split}.parquet')
-        with replacing(path) as part:
-            Dataset.from_list(drawn, features=features).to_parquet(part)
+            drawn[split].append(dict(fields, image=png.getvalue(), question_id=f'{i:05d}'))
+    return drawn
 
 
 PEOPLE = 'Alex Tom Jack Sally Davis Bob Max Fae Stella Carol Wren Polly Rex Sam Oliver'.split()
@@ -139,18 +125,16 @@ def shortest_ways(parents, start):
     return ways
 
 
-def draw_graphs(folder, rows, seed, nodes):
+def draw_graphs(rows, seed, nodes):
     """
-    Writes `rows` (split -> number), each of a random size up to `nodes`, under Coconut's file names; gives the path
-    of the first. From large graphs alone a small model does not learn to look a fact up; from small ones among them
-    it does.
+    split -> rows in Coconut's format for `rows`, split -> number; each of a random size up to `nodes`. From large
+    graphs alone a small model does not learn to look a fact up; from small ones among them it does.
     """
     if not 2 + 2 * STEPS <= nodes <= len(KINDS):
         raise ValueError(f'nodes={nodes}: expected {2 + 2 * STEPS} to {len(KINDS)}')
-    paths = [os.path.join(folder, f'prosqa_{dict(validation="valid").get(split, split)}.json') for split in rows]
-    for number, (path, count) in enumerate(zip(paths, rows.values())):
+    drawn = {}
+    for number, (split, count) in enumerate(rows.items()):
         rng = np.random.default_rng((seed, number))
-        with replacing(path) as part, open(part, 'w', encoding='utf-8') as f:
-            steps = [1 + i % STEPS for i in range(count)]
-            json.dump([draw_graph(rng, int(rng.integers(2 + 2 * k, nodes + 1)), k) for k in steps], f)
-    return paths[0]
+        steps = [1 + i % STEPS for i in range(count)]
+        drawn[split] = [draw_graph(rng, int(rng.integers(2 + 2 * k, nodes + 1)), k) for k in steps]
+    return drawn

@@ -43,7 +43,7 @@ from configurator import configure
 from evaluate import Evaluation, all_ranks, describe
 from model import Config, MultiCoCo, load_checkpoint, load_tokenizer, peak_memory, pick_device, pick_dtype
 from prepare import ANSWER, PROMPT, Rows, batches, build_text, micro_batches, supervised
-from prepare import digest, fitting_rows, read_split, split_file
+from prepare import check_round_trip, digest, fitting_rows, read_split, split_file
 
 # --- knobs: data ------------------------------------------------------------------------------------------------------
 data_dir = 'data/aokvqa'        # what prepare.py made
@@ -98,7 +98,7 @@ weight_decay = 0.01
 grad_clip = 1.0
 # run
 out_dir = 'out'
-device = 'auto'                 # 'auto', 'cpu', 'cuda'
+device = 'auto'                 # 'auto', 'cpu', 'cuda', 'mps'
 dtype = 'auto'                  # 'auto', 'float32', 'bfloat16' (autocast, weights stay float32)
 threads = 0                     # CPU threads; 0 for torch's choice
 seed = 1337
@@ -193,7 +193,7 @@ def new_optimizer():
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices, others = [p for p in trained if p.dim() >= 2], [p for p in trained if p.dim() < 2]
     return torch.optim.AdamW([dict(params=matrices), dict(params=others, weight_decay=0.0)], lr=learning_rate,
-                             betas=(beta1, beta2), eps=adam_eps, weight_decay=weight_decay, fused=True)
+                             betas=(beta1, beta2), eps=adam_eps, weight_decay=weight_decay, fused=device != 'mps')
 
 
 def stop(signum, frame):
@@ -339,6 +339,9 @@ if __name__ == '__main__':
     text_knobs = dict(mode=mode, c_thought=c_thought, max_latent_stage=max_latent_stage, prompt=prompt, answer=answer,
                       pad_latent_to_max=pad_latent_to_max, template=template, visual_bridge=visual_bridge)
     build_text(read_split(data_dir, 'validation')[0], 0, **text_knobs)  # what it refuses, before a model is loaded
+    for split in ('train', 'validation', 'test'):
+        if os.path.isfile(split_file(data_dir, split)):
+            check_round_trip(read_split(data_dir, split), answer)
     probe.expand(intervene)
     for folder in filter(None, compare.split(',')):
         if not glob.glob(os.path.join(folder, 'answers_*.json')):

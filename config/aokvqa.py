@@ -1,5 +1,5 @@
-# InternVL3-1B on A-OKVQA, multiple choice. Expected accuracy: not measured yet (chance 25.0; fine-tuned PaliGemma-3B has
-# 76.4 to 76.9). One 80 GB GPU; the time has not been measured.
+# InternVL3-1B on A-OKVQA, multiple choice. Expected accuracy: not measured yet (chance 25.0;
+# fine-tuned PaliGemma-3B has 76.4 to 76.9). One 80 GB GPU; the time has not been measured.
 #     python prepare.py && python train.py config/aokvqa.py --max_latent_stage=4
 dataset = 'HuggingFaceM4/A-OKVQA'
 data_dir = 'data/aokvqa'
@@ -10,6 +10,7 @@ c_thought = 2
 max_latent_stage = 4
 epochs_stage0 = 8
 epochs_per_stage = 3
+visual_bridge = True         # words that lead from the image to the steps
 pad_latent_to_max = True     # rationales have one to four steps: every row gets the same number of thoughts
 reset_optimizer = True
 
