@@ -347,7 +347,7 @@ def config_fields(c, shapes, tokenizer, source):
 
 
 def wants_tied_head(c):
-    """Whether transformers ties the head where the files hold none: the top level decides, else the text config."""
+    """Whether transformers 5 ties the head where the files hold none: the top level decides, else the text config."""
     text = c.get('text_config') or c.get('llm_config') or {}
     top = c.get('tie_word_embeddings')
     return bool(top if top is not None else text.get('tie_word_embeddings', 'llm_config' not in c))

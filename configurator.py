@@ -11,6 +11,7 @@ scripts beside this one, so that one recipe serves all; anything else is an erro
 """
 import ast
 import difflib
+import multiprocessing
 import os
 import re
 import runpy
@@ -104,6 +105,8 @@ def one_sentence(kind, error, trace):
     if kind is KeyboardInterrupt:
         print(f'\n{script}: stopped by Ctrl-C; what was saved is whole', file=sys.stderr)
         os._exit(130)  # not past the data workers, which would each add a traceback
+    for worker in multiprocessing.active_children():  # data workers ignore signals, and Python would wait for them
+        worker.kill()
     last = traceback.extract_tb(trace)[-1:]
     ours = [frame for frame in last if os.path.dirname(os.path.abspath(frame.filename)) == HERE]
     meant = bool(ours) and (ours[0].line or '').strip().startswith('raise ')

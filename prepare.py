@@ -837,7 +837,7 @@ def right_choice(raw, choices):
         index = LETTERS.index(index.strip().upper())
     if not is_missing(index) and index != -1:
         try:
-            known = int(index) if float(index) == int(float(index)) else None
+            known = int(float(index)) if float(index).is_integer() else None
         except (TypeError, ValueError, OverflowError):
             known = None
         if isinstance(index, bool) or known is None or not 0 <= known < len(choices):

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, PreTrainedTokenizerFast
@@ -47,6 +48,7 @@ torch.set_num_threads(1)
 HERE = os.path.dirname(os.path.abspath(__file__))
 IMG, LATENT, EOS, PAD = 90, 91, 95, 0  # token ids of the tiny models
 N = 4                                  # visual tokens of a 56-pixel tile
+FIVE = int(transformers.__version__.split('.')[0]) >= 5
 
 
 def tiny_config(**changes):
@@ -75,13 +77,18 @@ def tiny_tokenizer(extra=()):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token='<|im_end|>', pad_token='<|endoftext|>')
 
 
+def rope(theta):
+    """As transformers 5 writes it, and 4."""
+    return dict(rope_parameters=dict(rope_type='default', rope_theta=theta)) if FIVE else dict(rope_theta=theta)
+
+
 def tiny_oracle(llm='qwen2', spare=0, seed=0, tokenizer=None):
     """transformers' InternVL with random weights of real scale."""
     tokenizer = tokenizer or tiny_tokenizer()
     text = dict(vocab_size=262 + spare, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
                 num_attention_heads=4, num_key_value_heads=2, head_dim=16 if llm == 'qwen3' else 8,
                 max_position_embeddings=512, rms_norm_eps=1e-6,
-                rope_parameters={'rope_type': 'default', 'rope_theta': 1e6}, tie_word_embeddings=False)
+                tie_word_embeddings=False, **rope(1e6))
     vision = InternVLVisionConfig(hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3,
                                   attention_bias=True, image_size=[56, 56], patch_size=[14, 14])
     config = InternVLConfig(vision_config=vision, text_config={'qwen2': Qwen2Config, 'qwen3': Qwen3Config}[llm](**text),
@@ -758,7 +765,7 @@ def test_sharded_bfloat16(tmp_path):
 def edit_files(folder, weights=None, config=None):
     from safetensors.torch import load_file, save_file
     if weights:
-        tensors = load_file(f'{folder}/model.safetensors')
+        tensors = {name: tensor.clone() for name, tensor in load_file(f'{folder}/model.safetensors').items()}
         weights(tensors)
         save_file(tensors, f'{folder}/model.safetensors', metadata={'format': 'pt'})
     if config:
@@ -794,7 +801,7 @@ def test_a_tied_head_stays_tied(tmp_path):
     """The file holds no head; ours is the embedding, also after a step of training."""
     from safetensors.torch import load_file, save_file
     save_tiny(tmp_path)
-    weights = load_file(tmp_path / 'model.safetensors')
+    weights = {name: tensor.clone() for name, tensor in load_file(tmp_path / 'model.safetensors').items()}
     headless = {name: tensor for name, tensor in weights.items() if 'lm_head' not in name}
     save_file(headless, tmp_path / 'model.safetensors')
     config = json.load(open(tmp_path / 'config.json'))
@@ -1296,7 +1303,7 @@ def test_obvious_conversions(changes, field, expected):
     (dict(question=['a', 'b']), 'whose question is list, not text'),
     (dict(choices='w or x'), 'without 2 to 8 options'), (dict(choices=dict(A='w', B='x')), 'whose choices is dict'),
     (dict(choices=['w', '', 'y']), 'with an empty option'), (dict(choices=['w', None, 'y']), 'with an empty option'),
-    (dict(choices="['w' 'x' 'y']"), 'a list without commas'),
+    (dict(choices="['w' 'x' 'y']"), 'whose choices is a list without commas'),
     (dict(correct_choice_idx=-2), 'without a valid correct_choice_idx'),
     (dict(correct_choice_idx=0.5), 'without a valid correct_choice_idx'),
     (dict(correct_choice_idx=True), 'without a valid correct_choice_idx'),
@@ -1593,10 +1600,11 @@ def without_head(weights):
 
 @pytest.mark.parametrize('weights, changes', (
     (None, dict(vision_config__layer_norm_eps=1e-2)), (None, dict(text_config__rms_norm_eps=1e-2)),
-    (None, dict(text_config__rope_parameters=dict(rope_type='default', rope_theta=100.0))),
+    (None, {f'text_config__{key}': value for key, value in rope(100.0).items()}),
     (None, dict(downsample_ratio=None, projector_hidden_act=None)), (with_prefix, {}), (with_buffers, {}),
     (without_head, dict(tie_word_embeddings=None, text_config__tie_word_embeddings=True)),
-    (without_head, dict(tie_word_embeddings=True, text_config__tie_word_embeddings=False)),
+    pytest.param(without_head, dict(tie_word_embeddings=True, text_config__tie_word_embeddings=False),
+                 marks=pytest.mark.skipif(not FIVE, reason='transformers 4 goes by the text config')),
     (None, dict(tie_word_embeddings=None, text_config__tie_word_embeddings=None))))
 def test_what_transformers_loads_gives_the_same_logits(tmp_path, weights, changes):
     oracle = save_tiny(tmp_path)
@@ -1654,7 +1662,7 @@ def in_memory(image, kind='PNG', **how):
     return data.getvalue()
 
 
-@pytest.mark.parametrize('mode, kind', (('RGBA', 'PNG'), ('LA', 'PNG'), ('P', 'PNG'), ('RGBA', 'WEBP'), ('P', 'GIF')))
+@pytest.mark.parametrize('mode, kind', (('RGBA', 'PNG'), ('LA', 'PNG'), ('P', 'PNG'), ('RGBA', 'WEBP'), ('RGBA', 'GIF')))
 def test_what_is_transparent_is_shown_over_white(mode, kind):
     """A black drawing on transparent black ground would be black on black."""
     image = Image.new('LA' if mode == 'LA' else 'RGBA', (40, 30), (0, 0) if mode == 'LA' else (0, 0, 0, 0))
