@@ -34,7 +34,8 @@ from transformers import DynamicCache
 
 import model
 from configurator import configure
-from model import Config, Layout, MultiCoCo, pick_device
+from model import Config, Layout, MultiCoCo
+from sample import pick_device
 from prepare import collate
 from reference import embed, floor_loss, models, plain_generate, published_generate, published_loss
 
@@ -243,8 +244,8 @@ def simulated_memory():
                 with unset_fake_temporarily():
                     layout = lay_out(*args)
                 fakes = lambda tensors: tuple(map(fake.from_tensor, tensors))
-                return Layout(*fakes(layout[:4]), layout.widths, layout.filled, *fakes([layout.image]),
-                              fakes(layout.targets), layout.visual)
+                return Layout(*fakes(layout[:4]), layout.widths, layout.real_slots, *fakes([layout.image_slots]),
+                              layout.image_tokens, fakes(layout.targets))
 
             model.lay_out, pixels = on_real_ids, fake.from_tensor(batch['pixel_values'])
             for p in ours.parameters():

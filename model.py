@@ -2,24 +2,31 @@
 MultiCoCo's model: InternVL3 that reasons in continuous thoughts. One image, one question, one forward:
 
     uint8 tiles -> InternViT (timm) -> pixel shuffle -> projector \\
-                                                                   fuse -> chunk 0 -> thought 1 -> chunk 1 -> ... answer
+                                                                   fuse -> think -> hidden states -> head
     token ids   -> embedding ------------------------------------ /
 
-Sources: Coconut (arXiv 2412.06769), InternVL3 (arXiv 2504.10479), Qwen2 (arXiv 2407.10671).
-Notation: B rows, T tokens a row, D width, H heads, K key/value heads, P tiles, N visual tokens a tile, V vocabulary,
-n thoughts, S slots (see `lay_out`). State-dict names are OpenGVLab's, and timm's inside the vision tower.
+`think` is Coconut's latent loop: the embedding of a thought is the hidden state just before it.
 
-Where we leave the sources, and why:
-- Coconut pads the batch until all thoughts stand in one column; we cut each row at its own thoughts instead, so any
-  number of thoughts may stand anywhere, and one thought costs one token's pass for the whole batch.
-- The image is encoded once. It stays in the keys and values, so nothing is fused again when a thought is fed back.
+Sources: Coconut (arXiv 2412.06769), InternVL3 (arXiv 2504.10479), Qwen2 (arXiv 2407.10671).
+Notation: B rows, T tokens a row, L tokens of one pass, S slots (see `lay_out`), D width, H heads, K key/value
+heads, V vocabulary, n thoughts, P tiles, N visual tokens a tile. State-dict names are OpenGVLab's, and timm's
+inside the vision tower.
+
+Where this leaves the sources, and why:
+- Coconut pads the batch until all thoughts stand in one column; here each row is cut at its own thoughts, so
+  any number of thoughts may stand anywhere, and n thoughts cost n further passes for the whole batch.
+- The image is encoded once. It stays in the keys and values, so nothing is fused again for a thought.
 - Thoughts are never detached: the gradient of the answer reaches thought 1.
-- A count of <IMG_CONTEXT> that does not fit the tiles is an error; OpenGVLab truncates the features and zeroes the
-  loss.
-- RoPE is plain: InternVL3's 'dynamic' scaling equals it up to max_position_embeddings; longer inputs are refused.
+- A count of <IMG_CONTEXT> that does not fit the tiles is an error; OpenGVLab truncates the features and
+  zeroes the loss.
+- RoPE is plain: InternVL3's 'dynamic' scaling equals it up to max_position_embeddings; longer inputs are
+  refused.
 """
+import json
 import math
-import sys
+import os
+import pickle
+import re
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, Optional
@@ -27,29 +34,114 @@ from typing import NamedTuple, Optional
 import timm
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
+import transformers
 from einops import rearrange
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from tokenizers import AddedToken, Tokenizer
 from torch import nn
-from torch.utils.checkpoint import checkpoint as recompute
 
-from checkpoint import IMG_CONTEXT, LATENT
-from checkpoint import load_tokenizer, load_weights, read_checkpoint, read_pretrained, tokenizer_from
+IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as InternVL has them
 
-IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as InternVL was trained
-PADDING = 2**30  # the position of padding: greater than any query's, so that no query sees it as a key
+# --- tokens -------------------------------------------------------------------------------------------
+IMG, END_IMG, IMG_CONTEXT = '<img>', '</img>', '<IMG_CONTEXT>'
+START_LATENT, LATENT, END_LATENT = '<|start-latent|>', '<|latent|>', '<|end-latent|>'
+SPECIAL_TOKENS = (IMG, END_IMG, IMG_CONTEXT, START_LATENT, LATENT, END_LATENT)
 
 
-# --- decoder: Qwen2 (q/k/v with bias) or Qwen3 (RMS norm on each head's queries and keys) -----------------------------
+def load_tokenizer(name_or_path):
+    """The tokenizer of a folder or hub id with each of SPECIAL_TOKENS present, added only if it is not there."""
+    return add_special_tokens(read_tokenizer(fetch(name_or_path)))
+
+
+def read_tokenizer(folder):
+    """
+    From the tokenizer's own files alone, tokenizer.json or Qwen2's vocab.json and merges.txt. config.json and
+    tokenizer_config.json may name code of the folder, which transformers' Auto classes would ask to run.
+    """
+    files = os.listdir(folder)
+    if 'tokenizer.json' in files:
+        kind = transformers.PreTrainedTokenizerFast
+    elif 'vocab.json' in files and 'merges.txt' in files:
+        kind = transformers.Qwen2TokenizerFast
+    else:
+        raise OSError(f'no tokenizer could be loaded from {folder}: it holds neither tokenizer.json nor '
+                      'vocab.json and merges.txt')
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # it warns of another class's name in the config
+    try:
+        return kind.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # its readers raise many kinds; each means that a file is damaged
+        reason = f'{type(error).__name__}: {error}'.splitlines()[0][:200]
+        raise OSError(f'no tokenizer could be loaded from {folder} ({reason}): download it again') from None
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+def add_special_tokens(tokenizer):
+    known = tokenizer.get_vocab()
+    new = [AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS if t not in known]
+    tokenizer.add_tokens(new, special_tokens=True)
+    for token in SPECIAL_TOKENS:
+        token_id = tokenizer.convert_tokens_to_ids(token)
+        ids = tokenizer.encode(f'a{token}b', add_special_tokens=False)
+        assert ids.count(token_id) == 1, f'{token} is not a token of its own: it became {ids}'
+        assert token_id != tokenizer.unk_token_id, f'{token} is the unknown token'
+    return tokenizer
+
+
+# --- decoder: Qwen2 (q, k, v with bias) or Qwen3 (RMS norm on each head's queries and keys) -------------
+
+@dataclass
+class Config:
+    # language model: Qwen2.5-0.5B
+    vocab_size: int = 151677              # InternVL3's 151674 and the three latent tokens
+    hidden_size: int = 896
+    intermediate_size: int = 4864
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 14
+    num_key_value_heads: int = 2
+    head_dim: int = 64
+    attention_bias: bool = True           # on q, k, v: Qwen2 True, Qwen3 False
+    qk_norm: bool = False                 # Qwen3 True
+    rope_theta: float = 1e6
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 32768
+    tie_word_embeddings: bool = False
+    # vision tower: InternViT-300M
+    vision_hidden_size: int = 1024
+    vision_intermediate_size: int = 4096
+    vision_num_layers: int = 24
+    vision_num_heads: int = 16
+    vision_layer_norm_eps: float = 1e-6
+    patch_size: int = 14
+    image_size: int = 448                 # side of a tile in pixels
+    downsample_ratio: float = 0.5         # pixel shuffle: 1024 patches -> 256 visual tokens a tile
+    ps_version: str = 'v2'                # 'v1' has the two axes of the shuffled grid exchanged
+    # token ids
+    image_token_id: int = 151667          # <IMG_CONTEXT>
+    latent_token_id: int = 151675         # <|latent|>
+    eos_token_ids: tuple = (151645, 151643)
+    pad_token_id: int = 151643
+
+    @property
+    def num_image_tokens(self):
+        """N, visual tokens a tile."""
+        return int(self.image_size // self.patch_size * self.downsample_ratio) ** 2
+
 
 def rotary(position, head_dim, theta):
-    """RoPE's cos and sin, float32 [B, 1, T, head_dim], of positions [B, T]; sin is negative in the first half."""
-    frequency = theta ** -(torch.arange(0, head_dim, 2, device=position.device, dtype=torch.float32) / head_dim)
+    """RoPE's cos and sin, float32 [B, 1, L, head_dim], of positions [B, L]; sin is minus in its first half."""
+    half = torch.arange(0, head_dim, 2, device=position.device, dtype=torch.float32)
+    frequency = theta ** -(half / head_dim)
     angle = position[:, None, :, None].float() * frequency
     cos, sin = angle.cos(), angle.sin()
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def rotate(x, cos, sin):
-    """(a, b) to (a cos - b sin, b cos + a sin) over the two halves of the last dimension."""
+    """(a, b) to (a cos - b sin, b cos + a sin): roll exchanges the halves, the minus is in `rotary`'s sin."""
     return torch.addcmul(x * cos.to(x.dtype), x.roll(x.shape[-1] // 2, -1), sin.to(x.dtype))
 
 
@@ -57,29 +149,41 @@ class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.head_dim, self.qk_norm = c.head_dim, c.qk_norm
-        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=c.attention_bias)
-        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.attention_bias)
-        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.attention_bias)
-        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
+        query_size, key_size = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, query_size, bias=c.attention_bias)
+        self.k_proj = nn.Linear(c.hidden_size, key_size, bias=c.attention_bias)
+        self.v_proj = nn.Linear(c.hidden_size, key_size, bias=c.attention_bias)
+        self.o_proj = nn.Linear(query_size, c.hidden_size, bias=False)
         if c.qk_norm:
             self.q_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps)
             self.k_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps)
 
-    def forward(self, x, cos, sin, mask, extend):
-        q, k, v = (rearrange(proj(x), 'b t (h d) -> b h t d', d=self.head_dim)
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+    def forward(self, x, cos, sin, mask, past, slot=None):
+        """
+        x [B, L, D]. past: this layer's keys and values so far. Without `slot` two tuples of earlier passes'
+        parts, which autograd keeps as they are; with it two tensors [B, K, slots, head_dim] that are written
+        in place at `slot` [1]. Gives y [B, L, D] and this pass's keys and values [B, K, L, head_dim].
+        """
+        q = rearrange(self.q_proj(x), 'b l (h d) -> b h l d', d=self.head_dim)
+        k = rearrange(self.k_proj(x), 'b l (h d) -> b h l d', d=self.head_dim)
+        v = rearrange(self.v_proj(x), 'b l (h d) -> b h l d', d=self.head_dim)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)  # under autocast the norms give float32
-        keys, values = extend(k, v)  # [B, K, all so far, head_dim]
-        if mask is None:
+        q = rotate(q, cos, sin).to(v.dtype)  # under autocast the norms give float32
+        k = rotate(k, cos, sin).to(v.dtype)
+        past_keys, past_values = past
+        if slot is None:
+            keys, values = torch.cat((*past_keys, k), 2), torch.cat((*past_values, v), 2)
+        else:
+            keys, values = past_keys.index_copy_(2, slot, k), past_values.index_copy_(2, slot, v)
+        if mask is None:  # the first pass: no past, so plain causal attention
             y = F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=True)
-        else:  # the G query heads of a key head as G queries: fused kernels take a mask or grouped queries, not both
+        else:  # fused kernels take a mask or grouped queries, not both: the G heads of a key as G queries
             G = q.shape[1] // k.shape[1]
-            q = rearrange(q, 'b (k g) t d -> b k (g t) d', g=G)
+            q = rearrange(q, 'b (k g) l d -> b k (g l) d', g=G)
             y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask.repeat(1, 1, G, 1))
-            y = rearrange(y, 'b k (g t) d -> b (k g) t d', g=G)
-        return self.o_proj(rearrange(y, 'b h t d -> b t (h d)')), k, v
+            y = rearrange(y, 'b k (g l) d -> b (k g) l d', g=G)
+        return self.o_proj(rearrange(y, 'b h l d -> b l (h d)')), k, v
 
 
 class MLP(nn.Module):
@@ -101,184 +205,116 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x, cos, sin, mask, extend, filled=None):
-        """
-        x [B, L, D]; extend: this pass's keys and values -> all so far; filled: see `decode`. Gives x and this pass's
-        keys and values.
-        """
-        y, k, v = self.self_attn(self.input_layernorm(x), cos, sin, mask, extend)
+    def forward(self, x, cos, sin, mask, past, real_slots=None, slot=None):
+        """As Attention's. real_slots [M], where given: only these of the B * L slots go through the MLP."""
+        y, k, v = self.self_attn(self.input_layernorm(x), cos, sin, mask, past, slot)
         x = x + y
         h = self.post_attention_layernorm(x)
-        if filled is None:
+        if real_slots is None:
             return x + self.mlp(h), k, v
-        y = self.mlp(h.flatten(0, 1)[filled]).to(x.dtype)                            # [M, D], padding left out
-        return x.flatten(0, 1).index_add(0, filled, y).view_as(x), k, v
+        y = self.mlp(h.flatten(0, 1)[real_slots]).to(x.dtype)                   # [M, D]
+        return x.flatten(0, 1).index_add(0, real_slots, y).view_as(x), k, v
 
 
-class GrowingCache:
-    """Keys and values by concatenation: every tensor stays as autograd saved it, so the loop can be differentiated."""
+class LanguageModel(nn.Module):
+    """Holds the weights under OpenGVLab's names; the passes through them are MultiCoCo's `decode`."""
 
-    def __init__(self, num_layers):
-        self.past = [((), ()) for _ in range(num_layers)]
-
-    def extend(self, layer):
-        return partial(self.concatenate, *self.past[layer])  # bound now: a recomputation must see the same past
-
-    @staticmethod
-    def concatenate(past_k, past_v, k, v):
-        return torch.cat((*past_k, k), 2), torch.cat((*past_v, v), 2)
-
-    def append(self, layer, k, v):
-        past_k, past_v = self.past[layer]
-        self.past[layer] = (*past_k, k), (*past_v, v)
+    def __init__(self, c):
+        super().__init__()
+        self.model = nn.Module()
+        self.model.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.model.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
+        self.model.norm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+        if c.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
 
 
-class StaticCache:
-    """What a GrowingCache holds, with room for `more` slots that are written in place: decoding without gradients."""
+# --- where a token stands: the only bookkeeping of the latent loop -------------------------------------
+PADDING = 2**30  # the position of an empty slot: greater than that of any token, so that none sees it
 
-    def __init__(self, grown, more):
-        padded = lambda parts: F.pad(torch.cat(parts, 2), (0, 0, 0, more))
-        self.kv = [[padded(parts) for parts in layer] for layer in grown.past]  # views of one tensor compile to copies
-        slots, device = self.kv[0][0].shape[-2], self.kv[0][0].device
-        self.at = torch.tensor([slots - more], device=device)                   # the slot that the next pass writes
-
-    def extend(self, layer):
-        return partial(self.write, *self.kv[layer])
-
-    def write(self, keys, values, k, v):
-        return keys.index_copy_(2, self.at, k), values.index_copy_(2, self.at, v)
-
-    def append(self, layer, k, v):
-        pass  # write did it
-
-    def keep(self, rows):
-        self.kv = [[part[rows] for part in layer] for layer in self.kv]
-
-
-# --- where a token stands: the only bookkeeping of the latent loop ----------------------------------------------------
 
 class Layout(NamedTuple):
-    slot: torch.Tensor      # int64 [B, T]: the slot of each token (0 for padding)
-    ids: torch.Tensor       # int64 [B, S]: token ids in slots
-    position: torch.Tensor  # int64 [B, S]: the token's position in its row, PADDING where a slot is empty
-    length: torch.Tensor    # int64 [B, n + 1]: tokens of each row in each chunk, 0 where the row has no such thought
-    widths: list            # n + 1 ints: slots of each chunk, that is its longest row
-    filled: list            # n + 1: which of a chunk's B * width slots hold tokens, int64 [M]; None where nearly all do
-    image: torch.Tensor     # int64 [M]: which of the B * S slots hold <IMG_CONTEXT>, in row order
-    targets: tuple          # three int64 [M]: row and slot before each supervised token, and the token
-    visual: list            # B ints: <IMG_CONTEXT> tokens of each row
+    slot: torch.Tensor         # int64 [B, T]: the slot of each token, 0 for padding
+    ids: torch.Tensor          # int64 [B, S]: the token in each slot
+    position: torch.Tensor     # int64 [B, S]: its position in its row, PADDING where a slot is empty
+    length: torch.Tensor       # int64 [B, n + 1]: tokens of each row in each chunk, 0 without that thought
+    widths: list               # n + 1 ints: slots of each chunk, as many as its longest row has tokens
+    real_slots: list           # n + 1: which of a chunk's B * width slots hold tokens; None where most do
+    image_slots: torch.Tensor  # int64 [P * N]: which of the B * S slots hold <IMG_CONTEXT>, in row order
+    image_tokens: list         # B ints: <IMG_CONTEXT> tokens of each row
+    targets: tuple             # three int64: row and slot before each supervised token, and that token
 
 
 def lay_out(input_ids, attention_mask, config, labels=None, device=None):
     """
-    Cuts every row at its own thoughts and gives each token a slot, chunk behind chunk, so that chunk k of all rows is
-    one range of columns. Chunk 0 is a row up to its first thought, chunk k runs from thought k to just before thought
-    k + 1:
+    Cuts every row at its own thoughts and gives each token a slot, chunk behind chunk, so that chunk k of all
+    rows is one range of columns. Chunk 0 is a row up to its first thought, chunk k runs from thought k to just
+    before thought k + 1; <|start-latent|> ends as a p, <|end-latent|> begins as an a:
 
-        row 0:  p p p p p p | t1 | t2 a a a            p prompt or visual token
-        row 1:  p p p       | t1 | t2 | t3 a a         t thought    a answer token
-        chunk:  0             1    2    3
-        slots:  0 1 2 3 4 5   6    7 8 9 10  11 12 13  (row 1: 6 7 8 are empty behind its p's 0 1 2 ...)
+        row 0:  p p p p p p | t1 | t2 a a a              p prompt or visual token
+        row 1:  p p p       | t1 | t2       | t3 a a     t thought    a marker or answer token
+        chunk:  0             1    2          3
+        slots:  0 1 2 3 4 5   6    7 8 9 10   11 12 13   (row 1 leaves 3 4 5 and 8 9 10 empty, row 0 11 12 13)
 
-    Done on the host, where the lengths are needed anyway: all that depends on values is asked here, once. Inputs that
-    are still on the host spare the wait for the device.
+    Done on the host, where the lengths are needed anyway: all that depends on values is asked here, once.
+    Inputs that are still on the host spare the wait for the device.
     """
-    there = lambda x: x.to(device or input_ids.device, non_blocking=True)
+    device = device or input_ids.device
     ids = input_ids.cpu()
     B, T = ids.shape
-    real = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.cpu().bool()
+    real = torch.ones_like(ids).bool() if attention_mask is None else attention_mask.cpu().bool()
     check_rows(ids, real, config)
-    latent = (ids == config.latent_token_id) & real
-    chunk = latent.cumsum(1)                                                                  # [B, T]
-    length = torch.zeros(B, int(chunk.max()) + 1, dtype=torch.long).scatter_add_(1, chunk, real.long())
-    start, widths = length.cumsum(1) - length, length.max(0).values                           # [B, n + 1], [n + 1]
-    position = torch.arange(T).expand(B, T)
-    slot = (widths.cumsum(0) - widths)[chunk] + position - start.gather(1, chunk)
+    chunk = ((ids == config.latent_token_id) & real).cumsum(1)                  # [B, T]
+    length = torch.zeros(B, int(chunk.max()) + 1, dtype=torch.long)
+    length.scatter_add_(1, chunk, real.long())                                  # [B, n + 1]
+    widths = length.max(0).values                                               # [n + 1]
+    first_slot = widths.cumsum(0) - widths                                      # [n + 1]
+    first_position = length.cumsum(1) - length                                  # [B, n + 1]
+    slot = first_slot[chunk] + torch.arange(T) - first_position.gather(1, chunk)
+    slot = torch.where(real, slot, 0)                                           # [B, T]
+    row, column = real.nonzero(as_tuple=True)
     S = int(widths.sum())
-    into = torch.where(real, slot, S)                                    # padding goes to column S, which is cut off
-    slot = torch.where(real, slot, 0)
-    table = lambda fill, x: torch.full((B, S + 1), fill).scatter_(1, into, x)[:, :S]
-    tokens = table(config.pad_token_id, ids)
+    slot_ids = torch.full((B, S), config.pad_token_id)
+    slot_ids[row, slot[row, column]] = ids[row, column]
+    position = torch.full((B, S), PADDING)
+    position[row, slot[row, column]] = column
+    is_image = slot_ids == config.image_token_id
+    real_slots = []
+    for k, width in enumerate(widths.tolist()):
+        is_real = torch.arange(width) < length[:, k, None]                      # [B, width]
+        mostly = is_real.float().mean() > 0.9  # then leaving the others out costs more than it saves
+        real_slots.append(None if mostly else is_real.flatten().nonzero()[:, 0].to(device))
     targets = ()
     if labels is not None:
         labels = labels.cpu()
-        row, before = (labels[:, 1:] != -100).nonzero(as_tuple=True)     # the token at `before` predicts the next one
-        targets = row, slot[row, before], labels[row, before + 1]
-    holds = [torch.arange(w) < length[:, k, None] for k, w in enumerate(widths.tolist())]     # n + 1 times [B, width]
-    filled = [None if h.float().mean() > 0.9 else there(h.flatten().nonzero()[:, 0])  # a gather costs something too
-              for h in holds]
-    image = tokens == config.image_token_id                                                   # [B, S]
-    return Layout(there(slot), there(tokens), there(table(PADDING, position)), there(length), widths.tolist(), filled,
-                  there(image.flatten().nonzero()[:, 0]), tuple(map(there, targets)), image.sum(1).tolist())
+        row, before = (labels[:, 1:] != -100).nonzero(as_tuple=True)
+        targets = (row, slot[row, before], labels[row, before + 1])
+
+    def on_device(x):
+        return x.to(device, non_blocking=True)
+
+    return Layout(on_device(slot), on_device(slot_ids), on_device(position), on_device(length),
+                  widths.tolist(), real_slots, on_device(is_image.flatten().nonzero()[:, 0]),
+                  is_image.sum(1).tolist(), tuple(on_device(x) for x in targets))
 
 
 def check_rows(ids, real, config):
     """Raises ValueError for rows that cannot be laid out."""
     if real.shape != ids.shape:
-        raise ValueError(f'attention_mask is {list(real.shape)} where input_ids is {list(ids.shape)}: they must agree')
+        raise ValueError(f'attention_mask is {list(real.shape)} where input_ids is {list(ids.shape)}: they '
+                         'must agree')
     for b in ((real[:, 1:] > real[:, :-1]).any(1) | ~real[:, 0]).nonzero():
         raise ValueError(f'row {b.item()} of attention_mask is not 1s followed by 0s: pad on the right')
     for b in (ids[:, 0] == config.latent_token_id).nonzero():
         raise ValueError(f'row {b.item()} starts with {LATENT}: a thought needs a token before it')
     longest = int(real.sum(1).max())
     if longest > config.max_position_embeddings:
-        raise ValueError(f'a row has {longest} tokens, the model takes {config.max_position_embeddings} at most: '
-                         'shorten it')
+        raise ValueError(f'a row has {longest} tokens, the model takes {config.max_position_embeddings} at '
+                         'most: shorten it')
 
 
-# --- the whole model --------------------------------------------------------------------------------------------------
-
-@dataclass
-class Config:
-    # language model: Qwen2.5-0.5B
-    vocab_size: int = 151677              # rows of embedding and head: InternVL3's 151674 and the three latent tokens
-    hidden_size: int = 896
-    intermediate_size: int = 4864
-    num_hidden_layers: int = 24
-    num_attention_heads: int = 14
-    num_key_value_heads: int = 2
-    head_dim: int = 64
-    attention_bias: bool = True           # on q, k, v: Qwen2 True, Qwen3 False
-    qk_norm: bool = False                 # RMS norm on each head's q and k: Qwen3
-    rope_theta: float = 1e6
-    rms_norm_eps: float = 1e-6
-    max_position_embeddings: int = 32768
-    tie_word_embeddings: bool = False
-    # vision tower: InternViT-300M
-    vision_hidden_size: int = 1024
-    vision_intermediate_size: int = 4096
-    vision_num_layers: int = 24
-    vision_num_heads: int = 16
-    vision_layer_norm_eps: float = 1e-6
-    patch_size: int = 14
-    image_size: int = 448                 # side of a tile in pixels
-    downsample_ratio: float = 0.5         # pixel shuffle: 1024 patches -> 256 visual tokens a tile
-    ps_version: str = 'v2'
-    # token ids
-    image_token_id: int = 151667          # <IMG_CONTEXT>
-    latent_token_id: int = 151675         # <|latent|>
-    eos_token_ids: tuple = (151645, 151643)
-    pad_token_id: int = 151643
-
-    @property
-    def num_image_tokens(self):
-        """N, visual tokens a tile."""
-        return int(self.image_size // self.patch_size * self.downsample_ratio) ** 2
-
-
-class LanguageModel(nn.Module):
-    """Only what the state dict needs: the passes through it are MultiCoCo's `decode`."""
-
-    def __init__(self, c):
-        super().__init__()
-        self.model = nn.ModuleDict(dict(
-            embed_tokens=nn.Embedding(c.vocab_size, c.hidden_size),
-            layers=nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers)),
-            norm=nn.RMSNorm(c.hidden_size, c.rms_norm_eps)))
-        self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
-        if c.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
-
+# --- the whole model ----------------------------------------------------------------------------------
 
 class Output(NamedTuple):
     loss: Optional[torch.Tensor]    # float32 scalar, mean over supervised tokens; None without labels
@@ -287,42 +323,31 @@ class Output(NamedTuple):
 
 
 class MultiCoCo(nn.Module):
+    """
+    `edit_thought(k, thought [B, D]) -> [B, D]` is the loop's one hook: it is called just before thought
+    k = 1, 2, ... is fed back, and what it gives is fed back instead.
+    """
+
     def __init__(self, config):
         super().__init__()
         c = self.config = config
         self.activation_checkpointing = False
-        self.checkpoint = {}  # what else the .pt held that the weights came from
-        self.hits = None      # for the log: supervised tokens of the latest labelled batch that it would have written
+        self.num_correct = None  # supervised tokens of the latest labelled batch that it would have written
         self.vision_model = timm.models.VisionTransformer(
-            img_size=c.image_size, patch_size=c.patch_size, embed_dim=c.vision_hidden_size, depth=c.vision_num_layers,
-            num_heads=c.vision_num_heads, mlp_ratio=c.vision_intermediate_size / c.vision_hidden_size, init_values=1.0,
-            norm_layer=partial(nn.LayerNorm, eps=c.vision_layer_norm_eps), final_norm=False, num_classes=0,
-            weight_init='skip')
+            img_size=c.image_size, patch_size=c.patch_size, embed_dim=c.vision_hidden_size,
+            depth=c.vision_num_layers, num_heads=c.vision_num_heads,
+            mlp_ratio=c.vision_intermediate_size / c.vision_hidden_size, init_values=1.0,
+            norm_layer=partial(nn.LayerNorm, eps=c.vision_layer_norm_eps), final_norm=False,
+            num_classes=0, weight_init='skip')
         shuffled = int(c.vision_hidden_size / c.downsample_ratio ** 2)
         self.mlp1 = nn.Sequential(nn.LayerNorm(shuffled), nn.Linear(shuffled, c.hidden_size), nn.GELU(),
                                   nn.Linear(c.hidden_size, c.hidden_size))
         self.language_model = LanguageModel(c)
         self.init_weights()
 
-    @classmethod
-    def from_pretrained(cls, name_or_path, dtype=torch.float32):
-        """
-        InternVL from a hub id or a local folder: OpenGVLab's layout or the -hf one, one file or sharded, safetensors
-        only. The rows of tokens that `load_tokenizer` adds are the mean of the rows that were there. Raises OSError
-        or ValueError in one sentence.
-        """
-        fields, weights, found = read_pretrained(name_or_path, dtype)
-        with torch.device('meta'):
-            model = cls(Config(**fields))
-        load_weights(model, weights, name_or_path, assign=True)
-        if model.config.tie_word_embeddings:  # what was tied on the meta device is not after assigning
-            model.language_model.lm_head.weight = model.language_model.model.embed_tokens.weight
-        print(f'{name_or_path}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters from {found}')
-        return model.eval()
-
     @torch.no_grad()
     def init_weights(self):
-        """For training from scratch: logits start near scale 1 and a thought has the scale of a token embedding."""
+        """From scratch: logits start near scale 1, and a thought has the scale of an embedding, 0.35."""
         c = self.config
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -334,10 +359,10 @@ class MultiCoCo(nn.Module):
                 nn.init.normal_(module.weight, std=std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        lm, vision = self.language_model.model, self.vision_model
-        for table in (lm.embed_tokens.weight, vision.cls_token, vision.pos_embed):
-            nn.init.normal_(table, std=0.35)
-        lm.norm.weight.fill_(0.35)
+        nn.init.normal_(self.language_model.model.embed_tokens.weight, std=0.35)
+        nn.init.normal_(self.vision_model.cls_token, std=0.35)
+        nn.init.normal_(self.vision_model.pos_embed, std=0.35)
+        self.language_model.model.norm.weight.fill_(0.35)
 
     def set_activation_checkpointing(self, on=True):
         """Recompute activations in the backward pass: nothing changes but memory and time."""
@@ -345,128 +370,138 @@ class MultiCoCo(nn.Module):
         self.vision_model.set_grad_checkpointing(on)
 
     def embed_image(self, pixel_values):
-        """Tiles [P, 3, S, S] on any device, uint8 or normalised float, to visual tokens [P, N, D]."""
+        """Tiles [P, 3, side, side] on any device, uint8 or normalised float, to visual tokens [P, N, D]."""
         c, side, weight = self.config, self.config.image_size, self.vision_model.pos_embed
         if pixel_values.shape[1:] != (3, side, side):
             raise ValueError(f'tiles are {list(pixel_values.shape[1:])}, this model takes [3, {side}, {side}]: '
                              f'prepare them with image_size={side}')
         pixel_values = pixel_values.to(weight.device, non_blocking=True)
         if pixel_values.dtype == torch.uint8:
-            mean, std = (torch.tensor(v)[:, None, None].to(weight.device, non_blocking=True)
-                         for v in (IMAGE_MEAN, IMAGE_STD))
+            mean = torch.tensor(IMAGE_MEAN)[:, None, None].to(weight.device, non_blocking=True)
+            std = torch.tensor(IMAGE_STD)[:, None, None].to(weight.device, non_blocking=True)
             pixel_values = pixel_values.float().div_(255).sub_(mean).div_(std)
-        x = self.vision_model.forward_features(pixel_values.to(weight.dtype))              # [P, 1 + h*p*w*q, C]
+        x = self.vision_model.forward_features(pixel_values.to(weight.dtype))   # [P, 1 + patches, C]
         p = round(1 / c.downsample_ratio)
-        shuffled = 'b (h w) (p q c)' if c.ps_version == 'v2' else 'b (w h) (p q c)'
-        x = rearrange(x[:, 1:], f'b (h p w q) c -> {shuffled}', h=side // c.patch_size // p, p=p, q=p)  # [P, N, C*p*q]
-        return self.mlp1(x)
+        shuffle = {'v2': 'b (h p w q) c -> b (h w) (p q c)', 'v1': 'b (h p w q) c -> b (w h) (p q c)'}
+        x = rearrange(x[:, 1:], shuffle[c.ps_version], h=side // c.patch_size // p, p=p, q=p)
+        return self.mlp1(x)                                                     # from [P, N, C * p * q]
 
     def embed_text(self, ids):
         return self.language_model.model.embed_tokens(ids)
 
     def as_pause(self, k, thought):
-        """An `edit_thought`: the learned embedding of <|latent|> instead of a thought, so that nothing is fed back."""
+        """An `edit_thought`: the learned embedding of <|latent|> instead, so that nothing is fed back."""
         ids = torch.full(thought.shape[:1], self.config.latent_token_id, device=thought.device)
         return self.embed_text(ids).to(thought.dtype)
 
     def fuse(self, layout, pixel_values=None, num_tiles=None, image_flags=None):
         """Tokens in slots to embeddings [B, S, D]: visual tokens stand where <IMG_CONTEXT> did, in row order."""
-        x, counts, N = self.embed_text(layout.ids), layout.visual, self.config.num_image_tokens
+        x, N = self.embed_text(layout.ids), self.config.num_image_tokens
         P = 0 if pixel_values is None else len(pixel_values)
         if image_flags is not None and P:
             keep = image_flags.flatten().to(pixel_values.device).bool()
             if len(keep) != P:
                 raise ValueError(f'image_flags has {len(keep)} entries for {P} tiles: give one a tile')
-            if num_tiles is not None and int(num_tiles.sum()) == P:  # counted before the flagged tiles are dropped
+            if num_tiles is not None and int(num_tiles.sum()) == P:  # counted before tiles are dropped
                 num_tiles = torch.stack([part.sum() for part in keep.split(num_tiles.tolist())])
             pixel_values, P = pixel_values[keep], int(keep.sum())
-        tiles = [count // N for count in counts] if num_tiles is None else num_tiles.tolist()
-        for b, (count, have) in enumerate(zip(counts, tiles)):
-            if count != have * N:
-                raise ValueError(f'row {b} holds {count} {IMG_CONTEXT} tokens, but its {have} tiles give {have * N} '
-                                 f'visual tokens ({N} a tile): encode text and tiles together')
-        if sum(tiles) != P:
-            b = next((b for b in range(len(tiles)) if sum(tiles[:b + 1]) > P), len(tiles) - 1)
-            raise ValueError(f'row {b} ends {sum(tiles[:b + 1])} tiles into the batch by its {counts[b]} {IMG_CONTEXT} '
-                             f'tokens, but pixel_values holds {P} tiles: encode text and tiles together')
+        tiles = [count // N for count in layout.image_tokens] if num_tiles is None else num_tiles.tolist()
+        used = 0
+        for b, (count, row_tiles) in enumerate(zip(layout.image_tokens, tiles)):
+            used += row_tiles
+            if count != row_tiles * N:
+                raise ValueError(f'row {b} holds {count} {IMG_CONTEXT} tokens, but its {row_tiles} tiles give '
+                                 f'{row_tiles * N} visual tokens ({N} a tile): encode text and tiles together')
+            if used > P or (used < P and b == len(tiles) - 1):
+                raise ValueError(f'row {b} ends {used} tiles into the batch by its {count} {IMG_CONTEXT} '
+                                 f'tokens, but pixel_values holds {P} tiles: encode text and tiles together')
         if P:
-            visual = self.embed_image(pixel_values).flatten(0, 1).to(x.dtype)                # [P * N, D]
-            x = x.flatten(0, 1).index_copy(0, layout.image, visual).view_as(x)
+            visual = self.embed_image(pixel_values).flatten(0, 1).to(x.dtype)   # [P * N, D]
+            x = x.flatten(0, 1).index_copy(0, layout.image_slots, visual).view_as(x)
         return x
 
-    def decode(self, x, position, mask, cache, filled=None):
+    def decode(self, x, position, mask, cache, real_slots=None, slot=None):
         """
-        One pass through the decoder: x [B, L, D] at position [B, L] to hidden states after the final norm [B, L, D].
-        filled: the slots of B * L that hold tokens, where many do not; the others skip the MLP, most of the work.
+        One pass through the decoder: x [B, L, D] at position [B, L] to hidden states after the final norm
+        [B, L, D]. cache: (keys, values) of each layer as Attention takes them; this pass's are added to it.
         """
         cos, sin = rotary(position, self.config.head_dim, self.config.rope_theta)
         for i, layer in enumerate(self.language_model.model.layers):
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x, k, v = recompute(layer, x, cos, sin, mask, cache.extend(i), filled,
-                                    use_reentrant=False, preserve_rng_state=False)
+                x, k, v = torch.utils.checkpoint.checkpoint(
+                    layer, x, cos, sin, mask, cache[i], real_slots, use_reentrant=False,
+                    preserve_rng_state=False)
             else:
-                x, k, v = layer(x, cos, sin, mask, cache.extend(i), filled)
-            cache.append(i, k, v)
+                x, k, v = layer(x, cos, sin, mask, cache[i], real_slots, slot)
+            if slot is None:
+                keys, values = cache[i]
+                cache[i] = (*keys, k), (*values, v)
         return self.language_model.model.norm(x)
 
-    def think(self, x, layout, cache, edit_thought=None):
+    def think(self, x, layout, edit_thought=None):
         """
-        The latent loop over fused embeddings x [B, S, D]: n + 1 passes, one a chunk (see `lay_out`). The embedding of
-        thought k is the row's hidden state just before it. A query sees the keys whose position is not greater than its
-        own. Gives hidden states [B, S, D] and thoughts [B, n, D].
+        The latent loop over fused embeddings x [B, S, D]: n + 1 passes, one a chunk (see `lay_out`). Gives
+        hidden states [B, S, D], thoughts [B, n, D], and the cache: tuples of keys and values of each layer.
         """
         rows = torch.arange(len(x), device=x.device)
+        cache = [((), ()) for _ in self.language_model.model.layers]
         hidden, thoughts, start = [], [], 0
         for k, width in enumerate(layout.widths):
             stop = start + width
-            position, h, mask = layout.position[:, start:stop], x[:, start:stop], None
-            if k:  # chunk 0 needs no mask: with padding on the right, causal is enough
-                before = layout.length[:, k - 1].clamp(min=1) - 1  # 0 where the row has no thought k: zeroed below
-                thought = hidden[-1][rows, before]                                           # [B, D]
+            position, chunk, mask = layout.position[:, start:stop], x[:, start:stop], None
+            if k > 0:
+                last = (layout.length[:, k - 1] - 1).clamp(min=0)
+                thought = hidden[-1][rows, last]                                # [B, D]
                 if edit_thought is not None:
                     thought = edit_thought(k, thought)
-                thought = torch.where(layout.length[:, k, None] > 0, thought, 0).to(x.dtype)
+                has_thought = layout.length[:, k, None] > 0
+                thought = torch.where(has_thought, thought, 0).to(x.dtype)
                 thoughts.append(thought)
-                h = torch.cat((thought[:, None], h[:, 1:]), 1)
-                mask = layout.position[:, None, None, :stop] <= position[:, None, :, None]   # [B, 1, L, stop]
-            hidden.append(self.decode(h, position, mask, cache, layout.filled[k]))
+                chunk = torch.cat((thought[:, None], chunk[:, 1:]), 1)
+                # a query sees the keys whose position is not greater than its own
+                mask = layout.position[:, None, None, :stop] <= position[:, None, :, None]
+            hidden.append(self.decode(chunk, position, mask, cache, layout.real_slots[k]))
             start = stop
-        return torch.cat(hidden, 1), torch.stack(thoughts, 1) if thoughts else x[:, :0]
+        thoughts = torch.stack(thoughts, 1) if thoughts else x[:, :0]
+        return torch.cat(hidden, 1), thoughts, cache
 
-    def forward(self, input_ids, pixel_values=None, attention_mask=None, labels=None, num_tiles=None, image_flags=None,
-                edit_thought=None):
+    def forward(self, input_ids, pixel_values=None, attention_mask=None, labels=None, num_tiles=None,
+                image_flags=None, edit_thought=None):
         """
-        input_ids       int64 [B, T], right-padded; a <|latent|> anywhere but first is a thought. Best left on the host,
-                        as are all others: what is needed on the device goes there
-        pixel_values    uint8 or normalised float [P, 3, S, S]: the tiles of all rows in row order; None without images
+        input_ids       int64 [B, T], right-padded; a <|latent|> anywhere but first is a thought. Best left on
+                        the host, as are all others: what is needed on the device goes there
+        pixel_values    uint8 or normalised float [P, 3, side, side]: the tiles of all rows in row order
         attention_mask  [B, T], 1 for a token; None for no padding
         labels          int64 [B, T], -100 where unsupervised; only supervised positions go through the head
         num_tiles       int64 [B], tiles of each row, for the check per row
         image_flags     [P], tiles flagged 0 are dropped before the ViT
-        edit_thought    (k, thought [B, D]) -> [B, D], called before thought k = 1, 2, ... n is fed back
+        edit_thought    see above
         Gives an Output. Raises ValueError where the batch does not hold together.
         """
-        layout = lay_out(input_ids, attention_mask, self.config, labels, self.language_model.lm_head.weight.device)
+        head = self.language_model.lm_head
+        layout = lay_out(input_ids, attention_mask, self.config, labels, head.weight.device)
         x = self.fuse(layout, pixel_values, num_tiles, image_flags)
-        hidden, thoughts = self.think(x, layout, GrowingCache(self.config.num_hidden_layers), edit_thought)
+        hidden, thoughts, _ = self.think(x, layout, edit_thought)
         if labels is None:
             rows = torch.arange(len(x), device=x.device)[:, None]
-            return Output(None, self.language_model.lm_head(hidden[rows, layout.slot]), thoughts)
+            return Output(None, head(hidden[rows, layout.slot]), thoughts)
         row, slot, target = layout.targets
         if not len(row):
-            raise ValueError('labels supervise no token of this batch: every row needs a target behind its prompt')
-        logits = self.language_model.lm_head(hidden[row, slot])
-        self.hits = (logits.detach().argmax(-1) == target).sum()
+            raise ValueError('labels supervise no token of this batch: every row needs a target behind its '
+                             'prompt')
+        logits = head(hidden[row, slot])                                        # [M, V]
+        self.num_correct = (logits.detach().argmax(-1) == target).sum()
         return Output(F.cross_entropy(logits.float(), target), None, thoughts)
 
     @torch.no_grad()
-    def generate(self, input_ids, pixel_values=None, attention_mask=None, max_new_tokens=64, temperature=0.0, top_p=1.0,
-                 num_tiles=None, image_flags=None, edit_thought=None, generator=None):
+    def generate(self, input_ids, pixel_values=None, attention_mask=None, max_new_tokens=64,
+                 temperature=0.0, top_p=1.0, num_tiles=None, image_flags=None, edit_thought=None,
+                 generator=None):
         """
         New tokens int64 [B, <= max_new_tokens], each row up to and with its end token, then padding. Greedy at
-        temperature 0. Thoughts of the prompt run through the same loop as in training. A <|latent|> that the model
-        writes itself is fed the last hidden state too (edit_thought then gets k = n + its place among the new tokens,
-        from 1).
+        temperature 0. Thoughts of the prompt run through the same loop as in training. A <|latent|> that the
+        model writes itself is fed the last hidden state too; edit_thought is called for each new token, with
+        k = n + its place among them, since which rows wrote one is known on the device alone.
         """
         if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
             raise ValueError(f'temperature={temperature}, top_p={top_p}, max_new_tokens={max_new_tokens}: '
@@ -475,26 +510,31 @@ class MultiCoCo(nn.Module):
         layout = lay_out(input_ids, attention_mask, c, None, head.device)
         length, (B, S) = layout.length.sum(1), layout.ids.shape
         if int(length.max()) + max_new_tokens > c.max_position_embeddings:
-            raise ValueError(f'{int(length.max())} prompt tokens and {max_new_tokens} new ones exceed the model\'s '
-                             f'{c.max_position_embeddings}: lower max_new_tokens or shorten the prompt')
+            raise ValueError(f'{int(length.max())} prompt tokens and {max_new_tokens} new ones exceed the '
+                             f'model\'s {c.max_position_embeddings}: lower max_new_tokens or shorten the prompt')
         x = self.fuse(layout, pixel_values, num_tiles, image_flags)
-        cache = GrowingCache(c.num_hidden_layers)
-        hidden, thoughts = self.think(x, layout, cache, edit_thought)
-        cache = StaticCache(cache, max_new_tokens)
+        hidden, thoughts, cache = self.think(x, layout, edit_thought)
+        n = thoughts.shape[1]
+        for i, (keys, values) in enumerate(cache):  # with room for the new tokens, written in place
+            cache[i] = (F.pad(torch.cat(keys, 2), (0, 0, 0, max_new_tokens)),
+                        F.pad(torch.cat(values, 2), (0, 0, 0, max_new_tokens)))
+        key_position = F.pad(layout.position, (0, max_new_tokens), value=PADDING)
         rows, eos = torch.arange(B, device=x.device), torch.tensor(c.eos_token_ids, device=x.device)
-        last = hidden[rows, layout.slot[rows, length - 1]]                                   # [B, D]
-        here = length                                                                        # [B]: the next position
-        key_position = F.pad(layout.position, (0, max_new_tokens), value=PADDING)            # [B, S + max_new_tokens]
+        last = hidden[rows, layout.slot[rows, length - 1]]                      # [B, D]
+        position, slot = length, torch.tensor([S], device=x.device)
         new = torch.full((B, max_new_tokens), c.pad_token_id, device=x.device)
-        wrote, done = torch.zeros_like(rows), torch.zeros_like(rows, dtype=torch.bool)
-        compiled = 'step' in self.__dict__  # it was replaced, see `step`
-        for part in sum(cache.kv, []) if compiled else ():
-            torch._dynamo.mark_static_address(part, guard=False)  # a CUDA graph may write to it
+        written, done = torch.zeros_like(rows), torch.zeros_like(rows, dtype=torch.bool)
+        compiled = 'step' in vars(self)  # it was replaced on this model, see `step`
+        if compiled:
+            for keys, values in cache:  # a CUDA graph may write to them
+                torch._dynamo.mark_static_address(keys, guard=False)
+                torch._dynamo.mark_static_address(values, guard=False)
         for i in range(max_new_tokens):
             logits = (head @ last.T).T  # for few rows faster on CPUs than the other way round
-            token = torch.where(done, c.pad_token_id, sample(logits.float(), temperature, top_p, generator))
+            token = sample(logits.float(), temperature, top_p, generator)
+            token = torch.where(done, c.pad_token_id, token)
             new[rows, i] = token
-            wrote[rows] += ~done
+            written[rows] += ~done
             done = done | torch.isin(token, eos)
             if i + 1 == max_new_tokens:
                 break
@@ -503,64 +543,45 @@ class MultiCoCo(nn.Module):
                 if not len(running):
                     break
                 if 2 * len(running) <= len(done) and edit_thought is None and not compiled:
-                    rows, token, last, here, key_position, done = (
-                        t[running] for t in (rows, token, last, here, key_position, done))
-                    cache.keep(running)  # rows that ended cost nothing from here on
-            thought = last if edit_thought is None else edit_thought(thoughts.shape[1] + i + 1, last)
-            x = torch.where((token == c.latent_token_id)[:, None], thought.to(x.dtype), self.embed_text(token))
-            key_position[:, S + i] = here
-            last = self.step(x, here, (key_position <= here[:, None])[:, None, None], cache)
-            here, cache.at = here + 1, cache.at + 1
-        return new[:, :int(wrote.max())]
+                    rows, token, last = rows[running], token[running], last[running]
+                    position, key_position, done = position[running], key_position[running], done[running]
+                    cache = [(keys[running], values[running]) for keys, values in cache]
+            thought = last if edit_thought is None else edit_thought(n + i + 1, last)
+            is_thought = (token == c.latent_token_id)[:, None]
+            x = torch.where(is_thought, thought.to(head.dtype), self.embed_text(token))
+            key_position[:, S + i] = position
+            mask = (key_position <= position[:, None])[:, None, None]           # [B, 1, 1, slots]
+            last = self.step(x, position, mask, cache, slot)
+            position, slot = position + 1, slot + 1
+        return new[:, :int(written.max())]
 
-    def step(self, x, here, mask, cache):
+    def step(self, x, position, mask, cache, slot):
         """
-        One token a row, x [B, D] at position here [B] to its hidden state [B, D]. Shapes stay the same from token to
-        token: `model.step = torch.compile(model.step, dynamic=False)` makes generate use it compiled.
+        One token a row, x [B, D] at position [B] to its hidden state [B, D]. Shapes stay the same from token
+        to token: `model.step = torch.compile(model.step, dynamic=False)` makes generate use it compiled.
         """
-        return self.decode(x[:, None], here[:, None], mask, cache)[:, 0]
+        return self.decode(x[:, None], position[:, None], mask, cache, slot=slot)[:, 0]
 
-
-def pick_device(device):
-    """'auto' is the GPU where there is one; 'mps', Apple's, has to be asked for, since it was never tried."""
-    if device not in ('auto', 'cpu', 'cuda', 'mps'):
-        raise ValueError(f'device={device!r}: expected auto, cpu, cuda or mps; CUDA_VISIBLE_DEVICES chooses a GPU')
-    if device == 'cuda' and not torch.cuda.is_available():
-        raise ValueError('device=cuda, but torch sees no GPU here: use --device=cpu, or install a torch with CUDA')
-    if device == 'mps':
-        if not torch.backends.mps.is_available():
-            raise ValueError('device=mps, but torch sees no such GPU here: use --device=cpu')
-        print('device=mps: this code was never run on one; compare a short run with --device=cpu first')
-    return ('cuda' if torch.cuda.is_available() else 'cpu') if device == 'auto' else device
-
-
-def peak_memory(device):
-    """The most bytes that this process has held: on the GPU, or all of its memory; 0 where it cannot be told."""
-    if device == 'cuda':
-        return torch.cuda.max_memory_allocated()
-    try:
-        import resource
-    except ImportError:  # Windows has none
-        return 0
-    unit = 1 if sys.platform == 'darwin' else 1024  # macOS counts bytes
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def pick_dtype(dtype, device):
-    """'auto' is bfloat16 on a GPU that computes in it, float32 elsewhere."""
-    if dtype == 'float16':
-        raise ValueError('dtype=float16: its range is too small for the gradients without a loss scaler, and for some '
-                         "of InternVL's activations; use float32, or bfloat16 on a GPU that has it")
-    if dtype not in ('auto', 'float32', 'bfloat16'):
-        raise ValueError(f'dtype={dtype!r}: expected auto, float32 or bfloat16')
-    if dtype == 'auto':
-        native = device == 'cuda' and torch.cuda.get_device_capability()[0] >= 8  # not on V100 or T4
-        return 'bfloat16' if native else 'float32'
-    return dtype
+    @classmethod
+    def from_pretrained(cls, name_or_path, dtype=torch.float32):
+        """
+        InternVL from a hub id or a local folder: OpenGVLab's layout or the -hf one, one file or sharded,
+        safetensors only. The rows of tokens that `load_tokenizer` adds are the mean of the rows that were
+        there. Memory peaks near the size of the weights. Raises OSError or ValueError in one sentence.
+        """
+        config, weights, found = read_pretrained(name_or_path, dtype)
+        with torch.device('meta'):
+            model = cls(config)
+        fill_with(model, weights, name_or_path, assign=True)
+        if config.tie_word_embeddings:  # what was tied on the meta device is not after assigning
+            model.language_model.lm_head.weight = model.language_model.model.embed_tokens.weight
+        size = sum(p.numel() for p in model.parameters()) / 1e6
+        print(f'{name_or_path}: {size:.1f}M parameters from {found}')
+        return model.eval()
 
 
 def sample(logits, temperature, top_p, generator=None):
-    """float32 [B, V] to int64 [B]: the likeliest token at temperature 0, else one drawn from the top_p mass."""
+    """float32 [B, V] to int64 [B]: the likeliest token at temperature 0, else one of the top_p mass."""
     if temperature == 0:
         return logits.argmax(-1)
     p, token = (logits / temperature).softmax(-1).sort(-1, descending=True)
@@ -568,16 +589,317 @@ def sample(logits, temperature, top_p, generator=None):
     return token.gather(-1, torch.multinomial(p, 1, generator=generator))[:, 0]
 
 
+# --- InternVL's files ---------------------------------------------------------------------------------
+EMBEDDING, HEAD = 'language_model.model.embed_tokens.weight', 'language_model.lm_head.weight'
+SUPPORTED = 'InternVL2.5 1B and 4B, InternVL3 1B, 2B, 8B and 14B, and InternVL3.5 with Qwen3 are'
+RENAMED = (  # a file's name -> ours: OpenGVLab's, the -hf files', and those that transformers has in memory
+    (r'^vision_model\.embeddings\.class_embedding$', 'vision_model.cls_token'),
+    (r'^vision_model\.embeddings\.position_embedding$', 'vision_model.pos_embed'),
+    (r'^vision_model\.embeddings\.patch_embedding\.', 'vision_model.patch_embed.proj.'),
+    (r'^vision_model\.encoder\.layers\.(\d+)\.(ls[12])$', r'vision_model.blocks.\1.\2.gamma'),
+    (r'^vision_model\.encoder\.layers\.', 'vision_model.blocks.'),
+    (r'^model\.(?=vision_tower\.|multi_modal_projector\.)', ''),
+    (r'^model\.language_model\.', 'language_model.model.'),
+    (r'^lm_head\.', 'language_model.lm_head.'),
+    (r'^vision_tower\.embeddings\.cls_token$', 'vision_model.cls_token'),
+    (r'^vision_tower\.embeddings\.position_embeddings$', 'vision_model.pos_embed'),
+    (r'^vision_tower\.embeddings\.patch_embeddings\.projection\.', 'vision_model.patch_embed.proj.'),
+    (r'^vision_tower\.encoder\.layer\.(\d+)\.lambda_([12])$', r'vision_model.blocks.\1.ls\2.gamma'),
+    (r'^vision_tower\.encoder\.layer\.', 'vision_model.blocks.'),
+    (r'(^vision_model\.blocks\.\d+\.)layernorm_before\.', r'\1norm1.'),
+    (r'(^vision_model\.blocks\.\d+\.)layernorm_after\.', r'\1norm2.'),
+    (r'(^vision_model\.blocks\.\d+\.)attention\.projection_layer\.', r'\1attn.proj.'),
+    (r'(^vision_model\.blocks\.\d+\.)attention\.([qkv])_proj\.', r'\1attn.\2.'),
+    (r'^multi_modal_projector\.layer_norm\.', 'mlp1.0.'),
+    (r'^multi_modal_projector\.linear_1\.', 'mlp1.1.'),
+    (r'^multi_modal_projector\.linear_2\.', 'mlp1.3.'))
+COMPUTED = re.compile(r'.+\.rotary_emb\.inv_freq|.+\.position_ids')  # buffers that some scripts save
+EXPECTED = (  # values of config.json that this code computes with; the first is what silence means
+    ('text', 'model_type', ('', 'qwen2', 'qwen3')), ('text', 'hidden_act', ('silu',)),
+    ('text', 'partial_rotary_factor', (1.0,)),
+    ('', 'quantization_config', (None,)), ('', 'use_llm_lora', (0,)), ('', 'use_backbone_lora', (0,)),
+    ('', 'projector_hidden_act', ('gelu',)), ('', 'select_layer', (-1,)),
+    ('', 'vision_feature_layer', (-1,)), ('', 'vision_feature_select_strategy', ('default',)),
+    ('', 'ps_version', (None, 'v1', 'v2')),
+    ('vision', 'qk_normalization', (False,)), ('vision', 'use_qk_norm', (False,)),  # InternViT-6B
+    ('vision', 'norm_type', ('layer_norm',)), ('vision', 'hidden_act', ('gelu',)),
+    ('vision', 'num_channels', (3,)), ('vision', 'use_mean_pooling', (True,)),
+    ('vision', 'use_absolute_position_embeddings', (True,)))
+NEEDED = ('hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads')
+
+
+def fetch(name_or_path):
+    """A local folder as it is; a hub id's files from the hub's cache, or from the hub if not all are there."""
+    if os.path.isdir(name_or_path):
+        return name_or_path
+    if os.path.exists(name_or_path) or not re.fullmatch(r'[\w.-]+/[\w.-]+', name_or_path):
+        raise FileNotFoundError(f'{name_or_path} is neither a folder nor a hub id like '
+                                'OpenGVLab/InternVL3-1B-Pretrained')
+    wanted = dict(allow_patterns=['*.json', '*.safetensors', '*.txt'])
+    try:
+        folder = snapshot_download(name_or_path, local_files_only=True, **wanted)
+        weight_files(folder)
+        return folder
+    except (OSError, ValueError):
+        pass  # not in the cache, or not whole there: ask the hub
+    try:
+        return snapshot_download(name_or_path, **wanted)
+    except (OSError, ValueError, RuntimeError) as error:  # offline, no such repository, no access
+        raise OSError(f'{name_or_path} is not in the local cache and the hub could not be reached '
+                      f'({type(error).__name__}): give a local folder of the checkpoint, or train the '
+                      'built-in data set with config/toy.py') from None
+
+
+def read_json(path):
+    try:
+        with open(path, encoding='utf-8-sig') as f:
+            return json.load(f)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f'{path} is not a whole JSON file ({error}): download it again') from None
+
+
+def weight_files(folder):
+    """A checkpoint folder's tensors: name -> (safetensors file, shape)."""
+    files = os.listdir(folder)
+    if 'config.json' not in files and 'adapter_config.json' in files:
+        raise FileNotFoundError(f'{folder} holds a LoRA adapter alone (adapter_config.json): merge it into '
+                                'its base model and give the folder of the result')
+    if 'config.json' not in files:
+        raise FileNotFoundError(f'{folder} holds no config.json: give the folder of a whole checkpoint')
+    if 'model.safetensors' in files:  # an index beside it is left from before, as in transformers
+        names = ['model.safetensors']
+    elif 'model.safetensors.index.json' in files:
+        index = read_json(os.path.join(folder, 'model.safetensors.index.json'))
+        names = sorted(set(index['weight_map'].values()))
+    else:
+        raise FileNotFoundError(f'{folder} holds no model.safetensors and no model.safetensors.index.json: '
+                                'only safetensors are read, so convert .bin files first')
+    found = {}
+    for name in names:
+        path = os.path.join(folder, name)
+        if name not in files:
+            raise FileNotFoundError(f'{folder} lacks {name}, which its index names: download it again')
+        try:
+            with safe_open(path, 'pt') as file:
+                found.update((key, (path, file.get_slice(key).get_shape())) for key in file.keys())
+        except SafetensorError as error:
+            with open(path, 'rb') as f:
+                if f.read(40).startswith(b'version https://git-lfs'):
+                    raise ValueError(f"{path} is only git-lfs's pointer to the file: run git lfs pull"
+                                     ) from None
+            raise ValueError(f'{path} is damaged ({error}): download it again') from None
+    return found
+
+
+def our_name(name):
+    for pattern, ours in RENAMED:
+        name = re.sub(pattern, ours, name)
+    return name
+
+
+def to_our_names(tensors, source):
+    """Pairs of a file's tensor name and tensor -> {our name: tensor}, q, k and v of the vision tower joined."""
+    weights, parts = {}, {}
+    for name, tensor in tensors:
+        ours = our_name(name)
+        third = re.fullmatch(r'(vision_model\.blocks\.\d+\.attn)\.([qkv])\.(weight|bias)', ours)
+        if third:
+            parts.setdefault(f'{third[1]}.qkv.{third[3]}', {})[third[2]] = tensor
+        else:
+            weights[ours] = tensor
+    for name, found in parts.items():
+        if len(found) < 3:
+            raise ValueError(f'{source}: of {name} only {", ".join(sorted(found))} is there, expected q, k '
+                             'and v')
+        weights[name] = torch.cat((found['q'], found['k'], found['v']))
+    return weights
+
+
+def refuse(c, text, vision, source):
+    """Raises ValueError for the first value of config.json that this code would compute otherwise."""
+    parts = {'': c, 'text': text, 'vision': vision}
+    reasons = []
+    for part, key, allowed in EXPECTED:
+        value = parts[part].get(key)
+        if value is not None and value not in allowed:
+            computed = ' or '.join(str(a) for a in allowed if a not in (None, ''))
+            reasons.append(f'its {part + " " if part else ""}{key} is {value}, not {computed}')
+    for part, keys in (('text', (*NEEDED, 'num_key_value_heads', 'max_position_embeddings')),
+                       ('vision', NEEDED)):
+        lacking = [f'{part} {key}' for key in keys if not parts[part].get(key)]
+        if lacking and not reasons:
+            raise ValueError(f'{source}: config.json lacks {", ".join(lacking)}: download it again')
+    rope = text.get('rope_scaling') or text.get('rope_parameters') or {}
+    kind = rope.get('rope_type') or rope.get('type') or 'default'
+    if any(isinstance(value, dict) for value in rope.values()):
+        kind = 'another one in each kind of layer'
+    if kind not in ('default', 'dynamic'):
+        reasons.append(f'its rope is {kind}')
+    if rope.get('partial_rotary_factor', 1.0) != 1.0:
+        reasons.append(f'its partial_rotary_factor is {rope["partial_rotary_factor"]}')
+    if not reasons and text.get('use_sliding_window') and text.get('sliding_window'):
+        layers = text.get('layer_types') or ['sliding_attention'] * (
+            text['num_hidden_layers'] > text.get('max_window_layers', 28))
+        if 'sliding_attention' in layers and text['sliding_window'] < text['max_position_embeddings']:
+            reasons.append(f'its decoder sees a sliding_window of {text["sliding_window"]} tokens')
+    if text.get('model_type') == 'qwen3' and text.get('attention_bias'):
+        reasons.append('its decoder has attention_bias')
+    if not vision.get('qkv_bias', vision.get('attention_bias')):
+        reasons.append('its vision tower has no bias on q, k, v')
+    for key in ('patch_size', 'image_size'):
+        if isinstance(vision.get(key), list) and len(set(vision[key])) > 1:
+            reasons.append(f'its vision {key} is {vision[key]}, not square')
+    if reasons:
+        raise ValueError(f'{source} is not supported: {reasons[0]}; {SUPPORTED}')
+
+
+def read_config(c, embedding, tokenizer, source):
+    """
+    config.json's dict as a Config: every value that changes the result is honoured here, or refused by name.
+    embedding: shape of the embedding. Some copies carry a wrong llm_config beside a right text_config.
+    """
+    texts = [c[key] for key in ('llm_config', 'text_config') if c.get(key)]
+    fit = [t for t in texts if [t.get('vocab_size'), t.get('hidden_size')] == embedding]
+    text, vision = (fit or texts or [{}])[0], c.get('vision_config') or {}
+    if fit or text.get('model_type') not in ('qwen2', 'qwen3') or c.get('use_llm_lora'):
+        refuse(c, text, vision, source)
+    if not fit:
+        described = [[t.get('vocab_size'), t.get('hidden_size')] for t in texts]
+        raise ValueError(f'{source}: embed_tokens is {embedding or "missing"}, but config.json describes '
+                         f'{described} [vocab_size, hidden_size]')
+
+    def side(key, default):
+        value = vision.get(key, default)
+        return value[0] if isinstance(value, list) else value
+
+    def token(text):
+        return tokenizer.convert_tokens_to_ids(text)
+
+    qwen3 = text['model_type'] == 'qwen3'
+    rope = text.get('rope_parameters') or {}
+    scaling = text.get('rope_scaling') or rope
+    longest = text['max_position_embeddings']
+    if scaling.get('original_max_position_embeddings'):
+        longest = min(longest, scaling['original_max_position_embeddings'])
+    width, heads = text['hidden_size'], text['num_attention_heads']
+    # silent on it, OpenGVLab's class means v1; transformers' class knows v2 alone
+    shuffle = c.get('ps_version') or 'v1' if 'llm_config' in c else 'v2'
+    return Config(
+        vocab_size=max(embedding[0], len(tokenizer)), hidden_size=width,
+        intermediate_size=text['intermediate_size'], num_hidden_layers=text['num_hidden_layers'],
+        num_attention_heads=heads, num_key_value_heads=text['num_key_value_heads'],
+        head_dim=text.get('head_dim') or (128 if qwen3 else width // heads),
+        attention_bias=not qwen3, qk_norm=qwen3, rms_norm_eps=text.get('rms_norm_eps', 1e-6),
+        rope_theta=float(rope.get('rope_theta') or text.get('rope_theta') or 1e4),
+        max_position_embeddings=longest, vision_hidden_size=vision['hidden_size'],
+        vision_intermediate_size=vision['intermediate_size'],
+        vision_num_layers=vision['num_hidden_layers'], vision_num_heads=vision['num_attention_heads'],
+        vision_layer_norm_eps=vision.get('layer_norm_eps', 1e-6), patch_size=side('patch_size', 14),
+        image_size=c.get('force_image_size') or side('image_size', 448),
+        downsample_ratio=c.get('downsample_ratio', 0.5), ps_version=shuffle,
+        image_token_id=token(IMG_CONTEXT), latent_token_id=token(LATENT),
+        eos_token_ids=(token('<|im_end|>'), token('<|endoftext|>')), pad_token_id=token('<|endoftext|>'))
+
+
+def read_pretrained(name_or_path, dtype):
+    """A hub id's or folder's (Config, weights under our names, how many tensors in how many files)."""
+    folder = fetch(name_or_path)
+    files = weight_files(folder)
+    stored = [name for name in files if not COMPUTED.fullmatch(name)]
+    c = read_json(os.path.join(folder, 'config.json'))
+    tokenizer = read_tokenizer(folder)
+    old_ids = set(tokenizer.get_vocab().values())
+    new_ids = set(add_special_tokens(tokenizer).get_vocab().values()) - old_ids
+    embedding = next((shape for name, (_, shape) in files.items() if our_name(name) == EMBEDDING), None)
+    config = read_config(c, embedding, tokenizer, name_or_path)
+
+    def tensors():
+        for name in stored:
+            with safe_open(files[name][0], 'pt') as file:  # anew for each: closing lets go of what was read
+                tensor = file.get_tensor(name)
+                if our_name(name) in (EMBEDDING, HEAD):
+                    tensor = with_new_rows(tensor, old_ids, new_ids, config.vocab_size)
+                yield name, tensor.to(dtype, copy=True)
+
+    weights = to_our_names(tensors(), name_or_path)
+    # as in transformers 5: a head of its own is used, whatever the config says; where the files hold none
+    # the top level decides whether it is tied, else the text config, else the class's own default
+    text = c.get('text_config') or c.get('llm_config')
+    tied = c.get('tie_word_embeddings')
+    if tied is None:
+        tied = text.get('tie_word_embeddings', 'llm_config' not in c)
+    if HEAD in weights:
+        tied = tied and torch.equal(weights[HEAD], weights[EMBEDDING])
+    elif tied:
+        weights[HEAD] = weights[EMBEDDING]
+    config.tie_word_embeddings = bool(tied)
+    left_out = len(files) - len(stored)
+    return config, weights, (
+        f'{len(stored)} tensors in {len({path for path, _ in files.values()})} file(s), all used, none missing'
+        + (f', {left_out} computed buffers left out' if left_out else '')
+        + f'; {config.vocab_size - embedding[0]} rows added')
+
+
+def with_new_rows(matrix, old_ids, new_ids, rows):
+    """
+    Embedding or head [V, D] with `rows` rows: those of new_ids, and all beyond V, are the mean of those of
+    old_ids. Spare rows that no token uses stay as they are.
+    """
+    is_old = torch.zeros(len(matrix), dtype=torch.bool)
+    is_old[[i for i in old_ids if i < len(matrix)]] = True
+    total = 0
+    for part, old in zip(matrix.split(8192), is_old.split(8192)):  # float32 copies of a few rows at a time
+        total = total + part[old].float().sum(0)
+    mean = (total / is_old.sum()).to(matrix.dtype)
+    grown = matrix.new_empty(rows, matrix.shape[1])
+    grown[:len(matrix)] = matrix
+    grown[len(matrix):] = mean
+    grown[list(new_ids)] = mean
+    return grown
+
+
+def fill_with(model, weights, source, assign=False):
+    """Total both ways: every parameter is filled, every tensor is used, shapes agree."""
+    wanted = model.state_dict()
+    wrong = [f'{name} is missing' for name in wanted if name not in weights]
+    wrong += [f'{name} is not known here' for name in weights if name not in wanted]
+    for name in wanted.keys() & weights.keys():
+        if weights[name].shape != wanted[name].shape:
+            wrong.append(f'{name} is {list(weights[name].shape)}, expected {list(wanted[name].shape)}')
+    if wrong:
+        raise ValueError(f'{source} does not fit this model, {len(wrong)} tensors differ: '
+                         f'{"; ".join(wrong[:3])}')
+    model.load_state_dict(weights, assign=assign)
+
+
 def load_checkpoint(path):
     """
-    Model (float32, evaluation mode) and tokenizer: from a .pt of train.py, whose other entries are then at
-    `model.checkpoint`, or from a checkpoint folder or hub id, where `model.checkpoint` is {}.
+    Model (float32, evaluation mode), tokenizer, and what else the file held: of a .pt of train.py, or of a
+    checkpoint folder or hub id, which hold nothing else.
     """
     if not path.endswith('.pt'):
-        return MultiCoCo.from_pretrained(path), load_tokenizer(path)
+        return MultiCoCo.from_pretrained(path), load_tokenizer(path), {}
     saved = read_checkpoint(path)
-    config = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved['config'].items()})
+    fields = saved['config']
+    config = Config(**{**fields, 'eos_token_ids': tuple(fields['eos_token_ids'])})
     model = MultiCoCo(config)
-    load_weights(model, saved.pop('model'), path)
-    model.checkpoint = saved
-    return model.eval(), tokenizer_from(saved['tokenizer'], config.eos_token_ids[0], config.pad_token_id)
+    fill_with(model, saved.pop('model'), path)
+    tokenizer = Tokenizer.from_str(saved['tokenizer'])
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=tokenizer.id_to_token(config.eos_token_ids[0]),
+        pad_token=tokenizer.id_to_token(config.pad_token_id))
+    return model.eval(), tokenizer, saved
+
+
+def read_checkpoint(path):
+    """The dict that train.py wrote to a .pt; no pickled code is run."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f'no checkpoint at {path}: train one first, or give the path of a .pt file')
+    try:
+        saved = torch.load(path, map_location='cpu', weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise ValueError(f'{path} is not a whole checkpoint ({type(error).__name__}): it is cut off, or no '
+                         'checkpoint at all; use another one') from None
+    if not isinstance(saved, dict) or not {'model', 'config', 'tokenizer', 'knobs'} <= saved.keys():
+        raise ValueError(f'{path} is no checkpoint of train.py: it lacks model, config, tokenizer or knobs')
+    return saved

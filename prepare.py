@@ -14,6 +14,8 @@ is said with its number. Sources: Coconut's public data code, A-OKVQA's, InternV
 transformers' GotOcr2ImageProcessorPil does it, VQA's normalisation of answers.
 """
 import ast
+import contextlib
+import errno
 import glob
 import hashlib
 import io
@@ -29,12 +31,13 @@ from collections import Counter, defaultdict
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image, PngImagePlugin
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from checkpoint import END_IMG, END_LATENT, IMG, IMG_CONTEXT, LATENT, SPECIAL_TOKENS, START_LATENT
-from checkpoint import fetch, replacing, train_tokenizer
 from configurator import configure
+from model import END_IMG, END_LATENT, IMG, IMG_CONTEXT, LATENT, SPECIAL_TOKENS, START_LATENT, fetch
 
 # rows are encoded one by one, and workers are forked, which older tokenizers would warn of
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
@@ -513,7 +516,30 @@ def check_round_trip(rows, template):
                     '{choice} in it')
 
 
-# --- images ---------------------------------------------------------------------------------------
+# --- files and images ---------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def replacing(path):
+    """Gives a temporary name to write to; renames it to path when all is written, removes it if not."""
+    folder = os.path.dirname(path) or '.'
+    part = f'{path}.{os.getpid()}.part'
+    try:
+        os.makedirs(folder, exist_ok=True)
+        yield part
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch and numpy keep the system's reason: look for it
+        full = os.path.isdir(folder) and shutil.disk_usage(folder).free < 2**20
+        if getattr(error, 'errno', None) == errno.ENOSPC or full:
+            raise OSError(f'the disk is full: {path} was not written, what was there before is untouched; '
+                          'free some space') from None
+        if isinstance(error, OSError):
+            raise OSError(f'{path} cannot be written ({error.strerror or error}): give another folder, or '
+                          'make this one writable') from None
+        raise
+    finally:
+        if os.path.exists(part):
+            os.remove(part)
+
+
 TILING_VERSION = 2  # part of the cache's hash: raise it when tile_image or load_image give other pixels
 PngImagePlugin.MAX_TEXT_CHUNK = 2 ** 26  # pictures with a workflow in their text are pictures
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
@@ -1259,6 +1285,19 @@ def prepare(raw, folders, data_dir, steps_from, max_latent_stage, image_size, ma
         split.write_images(data_dir, image_size, max_tiles, cache_tiles)
         split.report()
     return {split.split: [row for _, row in split.rows] for split in splits}
+
+
+def train_tokenizer(texts, folder, vocab_size=512):
+    """A byte-level BPE tokenizer with InternVL's and Coconut's special tokens, in transformers' format."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+        special_tokens=['<|endoftext|>', '<|im_start|>', '<|im_end|>', *SPECIAL_TOKENS]))
+    wrapped = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token='<|im_end|>', pad_token='<|endoftext|>')
+    wrapped.save_pretrained(folder)
 
 
 def write_splits(prepared, data_dir):

@@ -28,7 +28,7 @@ import re
 import torch
 import torch.nn.functional as F
 
-from checkpoint import replacing
+from prepare import replacing
 
 FORM = re.compile(r'zero|noise|mean|swap|image|(drop_last|early)_(\d+)')
 

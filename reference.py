@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from transformers import DynamicCache, Qwen2Config
 from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig
 
-from checkpoint import load_weights, to_our_names
-from model import IMAGE_MEAN, IMAGE_STD, MultiCoCo
+from model import IMAGE_MEAN, IMAGE_STD, MultiCoCo, fill_with, to_our_names
 
 
 def models(c, seed=0):
@@ -34,10 +33,7 @@ def models(c, seed=0):
     ours = MultiCoCo(c)
     theirs = InternVLForConditionalGeneration(InternVLConfig(
         vision_config=vision, text_config=text, image_token_id=c.image_token_id, tie_word_embeddings=False))
-    in_file = lambda name: name.removeprefix('model.').replace('language_model.', 'language_model.model.').replace(
-        'lm_head', 'language_model.lm_head')
-    named = ((in_file(name), tensor) for name, tensor in theirs.state_dict().items())
-    load_weights(ours, to_our_names(named, 'transformers'), 'transformers')
+    fill_with(ours, to_our_names(theirs.state_dict().items(), 'transformers'), 'transformers')
     return ours, theirs.eval()
 
 

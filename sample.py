@@ -8,6 +8,7 @@ Answers questions about images with continuous thoughts.
 --image takes one file, several separated by commas, or a folder; all are answered in one batch.
 """
 import os
+import sys
 import time
 
 import torch
@@ -15,7 +16,7 @@ from PIL import Image
 
 from configurator import configure
 from evaluate import respond
-from model import load_checkpoint, peak_memory, pick_device, pick_dtype
+from model import load_checkpoint
 from prepare import LETTERS, collate, encode, load_image, tile_image
 
 # --- knobs ------------------------------------------------------------------------------------------------------------
@@ -39,6 +40,44 @@ ASKED = '<image>\n{question}'
 DIRECTLY = "\n{choices}\nAnswer with the option's letter from the given choices directly."  # InternVL's own words
 
 
+def pick_device(device):
+    """'auto' is the GPU where there is one; 'mps', Apple's, has to be asked for, since it was never tried."""
+    if device not in ('auto', 'cpu', 'cuda', 'mps'):
+        raise ValueError(f'device={device!r}: expected auto, cpu, cuda or mps; CUDA_VISIBLE_DEVICES chooses a GPU')
+    if device == 'cuda' and not torch.cuda.is_available():
+        raise ValueError('device=cuda, but torch sees no GPU here: use --device=cpu, or install a torch with CUDA')
+    if device == 'mps':
+        if not torch.backends.mps.is_available():
+            raise ValueError('device=mps, but torch sees no such GPU here: use --device=cpu')
+        print('device=mps: this code was never run on one; compare a short run with --device=cpu first')
+    return ('cuda' if torch.cuda.is_available() else 'cpu') if device == 'auto' else device
+
+
+def peak_memory(device):
+    """The most bytes that this process has held: on the GPU, or all of its memory; 0 where it cannot be told."""
+    if device == 'cuda':
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows has none
+        return 0
+    unit = 1 if sys.platform == 'darwin' else 1024  # macOS counts bytes
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def pick_dtype(dtype, device):
+    """'auto' is bfloat16 on a GPU that computes in it, float32 elsewhere."""
+    if dtype == 'float16':
+        raise ValueError('dtype=float16: its range is too small for the gradients without a loss scaler, and for some '
+                         "of InternVL's activations; use float32, or bfloat16 on a GPU that has it")
+    if dtype not in ('auto', 'float32', 'bfloat16'):
+        raise ValueError(f'dtype={dtype!r}: expected auto, float32 or bfloat16')
+    if dtype == 'auto':
+        native = device == 'cuda' and torch.cuda.get_device_capability()[0] >= 8  # not on V100 or T4
+        return 'bfloat16' if native else 'float32'
+    return dtype
+
+
 def find_images(image):
     """The files that --image names, in order."""
     if os.path.isdir(image):
@@ -59,11 +98,11 @@ def find_images(image):
 if __name__ == '__main__':
     globals().update(configure(globals()))
     device = pick_device(device)
-    model, tokenizer = load_checkpoint(ckpt)
+    model, tokenizer, saved = load_checkpoint(ckpt)
     model.to(device, getattr(torch, pick_dtype(dtype, device)))
     if compile:
         model.step = torch.compile(model.step, mode='reduce-overhead' if device == 'cuda' else 'default', dynamic=False)
-    config, knobs, stage = model.config, model.checkpoint.get('knobs', UNTRAINED), model.checkpoint.get('stage', 0)
+    config, knobs, stage = model.config, saved.get('knobs', UNTRAINED), saved.get('stage', 0)
     torch.manual_seed(seed)
 
     # --- rows ---------------------------------------------------------------------------------------------------------

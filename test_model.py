@@ -34,15 +34,14 @@ except ImportError:
 import bench
 import configurator
 import evaluate
-import model as model_module
 import prepare
 import probe
 import reference
+import sample as sample_script
 import toy
 import train
-from checkpoint import SPECIAL_TOKENS, add_special_tokens
-from model import Config, GrowingCache, IMAGE_MEAN, IMAGE_STD, MultiCoCo
-from model import lay_out, load_checkpoint, load_tokenizer, sample
+from model import Config, IMAGE_MEAN, IMAGE_STD, MultiCoCo, SPECIAL_TOKENS
+from model import add_special_tokens, lay_out, load_checkpoint, load_tokenizer, sample
 
 torch.set_num_threads(1)
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -197,7 +196,7 @@ def obvious(model, row, run=None):
     chunks.
     """
     def ours(x):
-        return model.decode(x, torch.arange(x.shape[1])[None], None, GrowingCache(model.config.num_hidden_layers))
+        return model.decode(x, torch.arange(x.shape[1])[None], None, [((), ())] * model.config.num_hidden_layers)
     run, ids = run or ours, row['input_ids']
     x = model.embed_text(ids)
     if row['pixel_values'] is not None:
@@ -457,7 +456,7 @@ def test_mcnemar_is_exact():
 def test_what_thoughts_say(run):
     """Thoughts made of the head's own rows say these tokens, and the table finds them in the steps."""
     top, _ = run
-    model, tokenizer = load_checkpoint(str(top / 'out' / 'best.pt'))
+    model, tokenizer, _ = load_checkpoint(str(top / 'out' / 'best.pt'))
     head = model.language_model.lm_head.weight.detach()
     ids = [tokenizer.encode(word)[0] for word in ('blue', 'green', 'red')]
     say = lambda token: 50 * head[token] / head[token].norm()
@@ -527,7 +526,7 @@ def test_rows_that_ended_leave_the_batch():
         model.language_model.lm_head.weight[EOS] *= 2.5
     batch = without_labels(make_batch(model.config, TILES * 2, THOUGHTS * 2, seed=1))
     sizes, step = [], model.decode
-    model.decode = lambda x, *more: sizes.append(tuple(x.shape[:2])) or step(x, *more)
+    model.decode = lambda x, *more, **k: sizes.append(tuple(x.shape[:2])) or step(x, *more, **k)
     left = model.generate(**batch, max_new_tokens=40)
     shrunk = sizes[:]
     kept = model.generate(**batch, max_new_tokens=40, edit_thought=lambda k, t: t)
@@ -782,8 +781,8 @@ def edit_files(folder, weights=None, config=None):
     ('only q, v is there', lambda w: w.pop('vision_tower.encoder.layer.1.attention.k_proj.weight'), None),
     (r'embed_tokens is \[262, 32\], but config.json describes \[\[300, 32\]\]', None,
      lambda c: c['text_config'].update(vocab_size=300)),
-    ('its decoder is internlm2', None, lambda c: c['text_config'].update(model_type='internlm2')),
-    ('InternViT-6B', None, lambda c: c['vision_config'].update(use_qk_norm=True))))
+    ('its text model_type is internlm2, not qwen2 or qwen3', None, lambda c: c['text_config'].update(model_type='internlm2')),
+    ('its vision use_qk_norm is True, not False', None, lambda c: c['vision_config'].update(use_qk_norm=True))))
 def test_import_is_total(tmp_path, message, weights, config):
     save_tiny(tmp_path)
     edit_files(tmp_path, weights, config)
@@ -834,7 +833,7 @@ def test_incomplete_checkpoints(tmp_path, monkeypatch):
     damaged.write_bytes((tmp_path / 'b' / 'pytorch_model.bin').read_bytes()[:1000])
     with pytest.raises(ValueError, match='is damaged .* download it again'):
         MultiCoCo.from_pretrained(str(tmp_path / 'b'))
-    monkeypatch.setattr('checkpoint.snapshot_download', lambda *a, **k: (_ for _ in ()).throw(OSError('no route')))
+    monkeypatch.setattr('model.snapshot_download', lambda *a, **k: (_ for _ in ()).throw(OSError('no route')))
     with pytest.raises(OSError, match='could not be reached .* local folder .* config/toy.py'):
         MultiCoCo.from_pretrained('some/model')
 
@@ -1559,18 +1558,18 @@ def change_config(**changes):
     ('its rope is another one in each kind of layer',
      dict(text_config__rope_parameters=dict(full_attention=dict(rope_type='default', rope_theta=1e4)))),
     ('partial_rotary_factor is 0.5', dict(text_config__partial_rotary_factor=0.5)),
-    ("decoder's hidden_act is gelu", dict(text_config__hidden_act='gelu')),
+    ('text hidden_act is gelu, not silu', dict(text_config__hidden_act='gelu')),
     ('sliding_window of 64', dict(text_config__use_sliding_window=True, text_config__sliding_window=64,
                                   text_config__layer_types=None, text_config__max_window_layers=0)),
     ('projector_hidden_act is silu', dict(projector_hidden_act='silu')),
     ('vision hidden_act is quick_gelu', dict(vision_config__hidden_act='quick_gelu')),
-    ('inner layer', dict(vision_feature_layer=-2)), ('select_strategy is full', dict(vision_feature_select_strategy='full')),
+    ('vision_feature_layer is -2, not -1', dict(vision_feature_layer=-2)), ('select_strategy is full', dict(vision_feature_select_strategy='full')),
     ('has no bias', dict(vision_config__attention_bias=False)),
-    ('final norm', dict(vision_config__use_mean_pooling=False)),
-    ('no position embeddings', dict(vision_config__use_absolute_position_embeddings=False)),
-    ('is quantized', dict(quantization_config=dict(quant_method='awq'))), ('LoRA', dict(use_llm_lora=16)),
-    ('lacks vision_config.hidden_size, ', dict(vision_config=None)),
-    ('lacks text.num_key_value_heads:', dict(text_config__num_key_value_heads=None))))
+    ('use_mean_pooling is False', dict(vision_config__use_mean_pooling=False)),
+    ('use_absolute_position_embeddings is False', dict(vision_config__use_absolute_position_embeddings=False)),
+    ('quantization_config is ', dict(quantization_config=dict(quant_method='awq'))), ('use_llm_lora is 16, not 0', dict(use_llm_lora=16)),
+    ('lacks vision hidden_size, ', dict(vision_config=None)),
+    ('lacks text num_key_value_heads:', dict(text_config__num_key_value_heads=None))))
 def test_config_values_that_change_the_result_are_refused_by_name(tmp_path, message, changes):
     save_tiny(tmp_path)
     edit_files(tmp_path, config=change_config(**changes))
@@ -1727,27 +1726,27 @@ def test_files_of_a_folder_of_images(tmp_path, capsys):
 
 def test_devices_and_number_types_say_what_they_are(monkeypatch, capsys):
     with pytest.raises(ValueError, match='float16: its range is too small'):
-        model_module.pick_dtype('float16', 'cuda')
+        sample_script.pick_dtype('float16', 'cuda')
     if not torch.backends.mps.is_available():
         with pytest.raises(ValueError, match='device=mps, but torch sees no such GPU'):
-            model_module.pick_device('mps')
+            sample_script.pick_device('mps')
     monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
-    assert model_module.pick_device('mps') == 'mps'
+    assert sample_script.pick_device('mps') == 'mps'
     assert 'never run on one' in capsys.readouterr().out
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda *a: (7, 5))
-    assert model_module.pick_dtype('auto', 'cuda') == 'float32'  # a T4 computes bfloat16 by emulation
+    assert sample_script.pick_dtype('auto', 'cuda') == 'float32'  # a T4 computes bfloat16 by emulation
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda *a: (8, 0))
-    assert model_module.pick_dtype('auto', 'cuda') == 'bfloat16'
+    assert sample_script.pick_dtype('auto', 'cuda') == 'bfloat16'
 
 
 def test_memory_is_counted_where_it_can_be(monkeypatch):
     """Linux counts KiB, macOS bytes, and Windows has no such module."""
-    here = model_module.peak_memory('cpu')
+    here = sample_script.peak_memory('cpu')
     assert 2**26 < here < 2**36
     monkeypatch.setattr(sys, 'platform', 'darwin')
-    assert here / 2048 < model_module.peak_memory('cpu') < here / 512
+    assert here / 2048 < sample_script.peak_memory('cpu') < here / 512
     monkeypatch.setitem(sys.modules, 'resource', None)
-    assert model_module.peak_memory('cpu') == 0
+    assert sample_script.peak_memory('cpu') == 0
 
 
 def test_line_ends_in_a_flag():
@@ -1901,7 +1900,7 @@ def test_a_run_leaves_what_it_promises(run):
 
 def test_a_checkpoint_reloads_bit_for_bit(run):
     top, _ = run
-    model, tokenizer = load_checkpoint(str(top / 'out' / 'last.pt'))
+    model, tokenizer, _ = load_checkpoint(str(top / 'out' / 'last.pt'))
     saved = weights_of(top / 'out' / 'last.pt')
     assert all(torch.equal(saved[k], v) for k, v in model.state_dict().items())
     assert all(tokenizer.convert_tokens_to_ids(t) < model.config.vocab_size for t in SPECIAL_TOKENS)
@@ -2187,7 +2186,7 @@ def test_pause_feeds_nothing_back(run):
     out = top / 'still'  # a learning rate of 0: the weights that the log speaks of are those on the disk
     args = [*TOY, f'--data_dir={top}/data', '--max_length=128', '--mode=pause']
     script('train.py', *args, f'--out_dir={out}', '--learning_rate=0', '--learning_rate_stage0=0', '--max_steps=4')
-    model, tokenizer = load_checkpoint(str(out / 'best.pt'))
+    model, tokenizer, _ = load_checkpoint(str(out / 'best.pt'))
     table, ids = model.embed_text(torch.arange(model.config.vocab_size)).detach(), tokenizer.convert_tokens_to_ids
     pause, usual = table[model.config.latent_token_id].norm().item(), table.norm(dim=-1).mean().item()
     assert events(out, 'train')[-1]['thought_ratio'] == pytest.approx(pause / usual, rel=1e-5)

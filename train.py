@@ -38,12 +38,13 @@ import torch.distributed.nn  # before there is a group: DDP imports it, and its 
 from torch.nn.parallel import DistributedDataParallel
 
 import probe
-from checkpoint import END_LATENT, IMG_CONTEXT, LATENT, START_LATENT, read_checkpoint, replacing, write_checkpoint
 from configurator import configure
 from evaluate import Evaluation, all_ranks, describe
-from model import Config, MultiCoCo, load_checkpoint, load_tokenizer, peak_memory, pick_device, pick_dtype
+from model import END_LATENT, IMG_CONTEXT, LATENT, START_LATENT
+from model import Config, MultiCoCo, load_checkpoint, load_tokenizer, read_checkpoint
 from prepare import ANSWER, PROMPT, Rows, batches, build_text, micro_batches, supervised
-from prepare import check_round_trip, digest, fitting_rows, read_split, split_file
+from prepare import check_round_trip, digest, fitting_rows, read_split, replacing, split_file
+from sample import peak_memory, pick_device, pick_dtype
 
 # --- knobs: data ------------------------------------------------------------------------------------------------------
 data_dir = 'data/aokvqa'        # what prepare.py made
@@ -268,7 +269,10 @@ def save(name, resumable=True):
         state.update(optimizer=optimizer.state_dict(), elapsed=elapsed(), data=data,
                      log_size=os.path.getsize(os.path.join(out_dir, 'metrics.jsonl')),
                      random=[random.getstate(), (kind, keys.tolist(), *rest), torch.get_rng_state()])
-    write_checkpoint(os.path.join(out_dir, name), state)
+    with replacing(os.path.join(out_dir, name)) as part, open(part, 'wb') as f:
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno())
 
 
 def load_last():
@@ -364,15 +368,14 @@ if __name__ == '__main__':
                         latent_token_id=tokenizer.convert_tokens_to_ids(LATENT), pad_token_id=tokenizer.pad_token_id,
                         eos_token_ids=(tokenizer.eos_token_id,),
                         **{f.name: knobs[f.name] for f in fields(Config) if f.name in knobs})
-        model = MultiCoCo(config)
+        model, saved = MultiCoCo(config), {}
         markers = tokenizer.convert_tokens_to_ids([START_LATENT, END_LATENT])
         with torch.no_grad():  # they start as the line's end, which the model will know when thoughts come in
             table = model.language_model.model.embed_tokens.weight
             table[markers] = table[tokenizer.encode('\n', add_special_tokens=False)[-1]].clone()
     else:
-        model, tokenizer = load_last() if init_from == 'resume' else load_checkpoint(init_from)
+        model, tokenizer, saved = load_last() if init_from == 'resume' else load_checkpoint(init_from)
         config = model.config
-    saved, model.checkpoint = model.checkpoint, {}
     model.to(device).set_activation_checkpointing(activation_checkpointing)
     model.vision_model.requires_grad_(not freeze_vision)
     edit = model.as_pause if mode == 'pause' else None
@@ -477,7 +480,7 @@ if __name__ == '__main__':
                     with autocast:
                         out = network(**part, edit_thought=edit)
                     (out.loss * share * world).backward()  # the wrapper takes the mean over the ranks
-                loss, hits = loss + out.loss.detach() * share, hits + model.hits * busy / total
+                loss, hits = loss + out.loss.detach() * share, hits + model.num_correct * busy / total
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
             loss, hits, norm = torch.stack((loss, hits, norm)).tolist()  # the only wait for the device
             loss, hits = map(sum, zip(*all_ranks([loss, hits])))
