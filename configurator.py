@@ -19,6 +19,7 @@ import sys
 import traceback
 
 TEXTS = ('prompt', 'answer', 'question')  # knobs in which a flag's \\n is the end of a line
+SCRIPTS = ('prepare', 'train', 'sample', 'experiments/bench', 'experiments/probe')
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
@@ -82,7 +83,7 @@ def lookup(defaults, key, where, others):
 def configure(module):
     """A script's globals() -> its knobs as files and flags set them. Prints the table; bad input ends the script."""
     sys.excepthook = one_sentence
-    scripts = [os.path.join(HERE, f'{name}.py') for name in ('prepare', 'train', 'sample', 'bench')]
+    scripts = [os.path.join(HERE, f'{name}.py') for name in SCRIPTS]
     elsewhere = {name for script in scripts for name in knob_names(script)}
     known = {name: module.get(name) for name in knob_names(module['__file__'])}
     defaults = {name: value for name, value in known.items() if isinstance(value, (bool, int, float, str))}
@@ -108,7 +109,8 @@ def one_sentence(kind, error, trace):
     for worker in multiprocessing.active_children():  # data workers ignore signals, and Python would wait for them
         worker.kill()
     last = traceback.extract_tb(trace)[-1:]
-    ours = [frame for frame in last if os.path.dirname(os.path.abspath(frame.filename)) == HERE]
+    folders = (HERE, os.path.join(HERE, 'experiments'))
+    ours = [frame for frame in last if os.path.dirname(os.path.abspath(frame.filename)) in folders]
     meant = bool(ours) and (ours[0].line or '').strip().startswith('raise ')
     if issubclass(kind, (ValueError, OSError)) and meant:
         print(f'{script}: {error}', file=sys.stderr)

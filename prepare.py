@@ -1317,7 +1317,7 @@ if __name__ == '__main__':
         fetch(init_from)  # into the hub's cache now, so that training needs no network
     os.makedirs(data_dir, exist_ok=True)
     if dataset in ('toy', 'prosqa'):
-        import toy
+        from experiments import toy
         counts = dict(train=train_rows, validation=val_rows, test=test_rows)
         drawn = toy.draw(counts, seed, hops) if dataset == 'toy' else toy.draw_graphs(counts, seed, nodes)
         raw, folders = drawn, []

@@ -7,9 +7,13 @@ Trains MultiCoCo through its curriculum: stage 0 writes every step, stage k hide
     python train.py config/aokvqa.py --max_latent_stage=4    InternVL3-1B on A-OKVQA
     torchrun --standalone --nproc_per_node=8 train.py config/aokvqa.py    the same on 8 GPUs
 
-Leaves in out_dir: last.pt (to resume from), epoch_{k}.pt, best.pt (best validation accuracy within the furthest stage),
-run.json (how it was started), metrics.jsonl, metrics_epoch_{k}.json, answers_{split}.json, predictions_{split}.json,
-curves.png, and where there are thoughts thoughts_{split}.json and .png (see probe.py).
+Leaves in out_dir: last.pt (to resume from), epoch_{k}.pt and best.pt (weights; best validation accuracy within
+the furthest stage), run.json (how it was started), metrics.jsonl, metrics_epoch_{k}.json, curves.png,
+answers_{split}.json, predictions_{split}.json. `python -m experiments.probe` examines what the thoughts do.
+
+To change X, edit here: what a stage hides, prepare.py's `build_text`; the schedule, "schedule" below, where stage
+numbers have to rise (best.pt goes by them, and the optimizer starts anew where they change); what is fed back,
+model.py's `think` and, for thoughts that the model writes itself, `generate`.
 """
 import glob
 import importlib.metadata
@@ -27,26 +31,24 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import asdict, fields
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # before there is a group: DDP imports it, and its default arguments would keep the group
+import torch.distributed.nn  # now, since DDP imports it and it would keep a group that is there
 from torch.nn.parallel import DistributedDataParallel
 
-import probe
 from configurator import configure
-from evaluate import Evaluation, all_ranks, describe
-from model import END_LATENT, IMG_CONTEXT, LATENT, START_LATENT
-from model import Config, MultiCoCo, load_checkpoint, load_tokenizer, read_checkpoint
-from prepare import ANSWER, PROMPT, Rows, batches, build_text, micro_batches, supervised
-from prepare import check_round_trip, digest, fitting_rows, read_split, replacing, split_file
-from sample import peak_memory, pick_device, pick_dtype
+from model import END_LATENT, IMG_CONTEXT, LATENT, START_LATENT, Config, MultiCoCo
+from model import load_checkpoint, load_tokenizer, read_checkpoint
+from prepare import ANSWER, PROMPT, Rows, batches, build_text, check_round_trip, digest
+from prepare import fitting_rows, micro_batches, read_split, replacing, split_file, supervised
+from sample import ask, describe, peak_memory, pick_device, pick_dtype, summarize
 
-# --- knobs: data ------------------------------------------------------------------------------------------------------
+# --- knobs: data -----------------------------------------------------------------------------------
 data_dir = 'data/aokvqa'        # what prepare.py made
 max_tiles = 8                   # as prepared, or the cache is not used
 image_size = 448                # side of a tile in pixels, for init_from='scratch'
@@ -59,7 +61,7 @@ answer = ANSWER
 template = 'plain'              # 'plain' or 'chatml', InternVL's chat turns
 visual_bridge = False           # words that lead from the image to the steps
 # curriculum
-mode = 'coconut'                # also 'cot', 'no_cot', 'pause' (nothing fed back), 'no_thoughts' (curriculum without)
+mode = 'coconut'                # also cot, no_cot, pause, no_thoughts: see prepare.py's build_text
 c_thought = 2                   # thoughts a hidden step
 max_latent_stage = 4            # the last stage that hides one more step
 epochs_stage0 = 8               # epochs with every step written
@@ -96,7 +98,7 @@ beta1 = 0.9
 beta2 = 0.95
 adam_eps = 1e-8
 weight_decay = 0.01
-grad_clip = 1.0
+grad_clip = 1.0                 # 0 for none
 # run
 out_dir = 'out'
 device = 'auto'                 # 'auto', 'cpu', 'cuda', 'mps'
@@ -105,427 +107,569 @@ threads = 0                     # CPU threads; 0 for torch's choice
 seed = 1337
 max_steps = 0                   # optimizer steps in all; 0 for all
 save_every = 500                # steps between writes of last.pt inside an epoch; 0 for none
+keep_epochs = 1                 # so many epoch_{k}.pt stay; those that end a stage always do
 overwrite = False               # let go of the run that out_dir holds
 dry_run = False                 # print schedule, rows and prompts, and stop
 eval_only = False               # evaluate init_from at its stage and stop
 eval_batch_size = 32
 max_new_tokens = 128
-intervene = 'swap'              # what is done to the thoughts in the end, a list: see probe.py; '' for nothing
-compare = ''                    # out_dirs of runs over the same questions, for paired tests with this one
 log_interval = 50               # steps between log lines
 wandb = False                   # log to Weights & Biases as well
-# ----------------------------------------------------------------------------------------------------------------------
+wandb_project = 'multicoco'
+wandb_run_name = ''             # '' for the last part of out_dir
+# --------------------------------------------------------------------------------------------------
 # a resumed run may change these; any other knob would make it another run
 FREE = ('data_dir', 'out_dir', 'init_from', 'device', 'threads', 'num_workers', 'micro_batch_size',
-        'activation_checkpointing', 'cache_tiles', 'max_steps', 'save_every', 'overwrite', 'dry_run', 'eval_only',
-        'eval_batch_size', 'intervene', 'compare', 'log_interval', 'wandb')
-STATE = ('epoch', 'place', 'step', 'stage', 'accuracy', 'best')  # what the loop counts, all of it saved
-SIGNALS = []                                                     # those that asked this process to stop
+        'activation_checkpointing', 'cache_tiles', 'max_steps', 'save_every', 'keep_epochs', 'overwrite',
+        'dry_run', 'eval_only', 'eval_batch_size', 'log_interval', 'wandb', 'wandb_project',
+        'wandb_run_name')
 
 
-class Stage(NamedTuple):  # a part of the schedule; `now` is one of these
+class Stage(NamedTuple):
     stage: int
     epochs: int
-    rows: list        # training rows that fit max_length at this stage
+    rows: list            # training rows that fit max_length at this stage
     validation: list
-    steps: int        # optimizer steps an epoch
-    first: int        # steps of the run before this stage
-    peak: float       # learning rate
+    steps: int            # optimizer steps an epoch
+    first_step: int       # steps of the run before this stage
+    peak: float           # learning rate
 
 
-# --- schedule ---------------------------------------------------------------------------------------------------------
+def preview(now, row_knobs, text_knobs, rates, uniform_prob):
+    """Prints one Stage as it will be trained and asked; rates: the learning rate of each of its steps."""
+    tokenizer = row_knobs['tokenizer']
 
-def make_schedule():
-    """The stages of the run, in order."""
-    wanted = [(0, epochs_stage0)] + [(k, epochs_per_stage) for k in range(1, max_latent_stage + 1)]
-    wanted += [(max_latent_stage + 1, epochs_last_stage)] if epochs_last_stage else []
-    if mode in ('cot', 'no_cot'):  # no curriculum: one stage of the same length
-        wanted = [(0, sum(epochs for _, epochs in wanted))]
-    if not 0 <= start_stage <= wanted[-1][0]:
-        raise ValueError(f'start_stage={start_stage}: expected 0 to {wanted[-1][0]}, the last stage of mode={mode}')
-    stages, first = [], 0
-    for stage, epochs in wanted:
-        if stage >= start_stage and epochs:
-            rows = fitting_rows('train', stage, uniform_prob=uniform_prob, **row_knobs)
-            validation, steps = fitting_rows('validation', stage, **row_knobs), math.ceil(len(rows) / batch_size)
-            peak = learning_rate if stage else learning_rate_stage0 or learning_rate
-            stages.append(Stage(stage, epochs, rows, validation, steps, first, peak))
-            first += steps * epochs
-    if not stages:
-        raise ValueError('the schedule has no epoch: set epochs_stage0 or epochs_per_stage')
-    if os.path.isfile(split_file(data_dir, 'test')):
-        fitting_rows('test', stages[-1].stage, **row_knobs)  # what cannot be asked in the end is said now
-    return stages
+    def text(ids):
+        repeated = re.compile(r'(<[^<>\s]+>)\1+')
+        return repeated.sub(lambda m: f'{m[1]}*{len(m[0]) // len(m[1])}', tokenizer.decode(ids))
 
+    def span(numbers):
+        low, high = min(numbers), max(numbers)
+        return f'{low}' if low == high else f'{low} to {high}'
 
-def learning_rate_at(step, now):
-    """Linear warm-up, then a cosine to min_lr_ratio of the peak, over a stage; over the run if nothing is reset."""
-    done, total = (step - now.first, now.steps * now.epochs) if reset_optimizer else (step, total_steps)
-    if done < warmup_steps:
-        return now.peak * (done + 1) / warmup_steps
-    cosine = (1 + math.cos(math.pi * (done - warmup_steps) / max(1, total - warmup_steps))) / 2
-    return now.peak * (min_lr_ratio + (1 - min_lr_ratio) * cosine)
-
-
-def preview(now):
-    """One stage as it will be trained and asked."""
     texts = [build_text(row, now.stage, **text_knobs) for row in now.rows]
-    span = lambda numbers: f'{min(numbers)}' if len(numbers) == 1 else f'{min(numbers)} to {max(numbers)}'
-    thoughts, words = {n for _, n, _ in texts}, {target.count('\n') - answer.count('\n') for *_, target in texts}
-    rates = [learning_rate_at(s, now) for s in range(now.first, now.first + now.steps * now.epochs)]
-    mixed = f', each row with chance {uniform_prob:g} at an earlier stage' if uniform_prob and now.stage else ''
+    answer_lines = 1 + text_knobs['answer'].count('\n')
+    thoughts = span([count for _, count, _ in texts])
+    written = span([len(target.split('\n')) - answer_lines for _, _, target in texts])
+    mixed = ''
+    if uniform_prob and now.stage:
+        mixed = f', each row with chance {uniform_prob:g} at an earlier stage'
     row = Rows(now.rows, 'train', now.stage, **row_knobs)[0]
     asked = Rows(now.validation, 'validation', now.stage, supervised=False, **row_knobs)[0]['input_ids']
-    repeated = re.compile(r'(<[^<>\s]+>)\1+')
-    text = lambda ids: repeated.sub(lambda m: f'{m[1]}*{len(m[0]) // len(m[1])}', tokenizer.decode(ids))
     ids, start = row['input_ids'], row['labels'].count(-100)
-    print(f'\nstage {now.stage}: {now.epochs} epochs of {now.steps} steps, {len(now.rows)} rows, {span(thoughts)} '
-          f'thoughts, {span(words)} steps in words, learning rate '
-          f'{rates[0]:.1e} to {max(rates):.1e} to {rates[-1]:.1e}{mixed}\n'
-          f'--- training row {now.rows[0]["question_id"]}, {len(ids)} tokens; supervised is what stands in [[ ]]\n'
-          f'{text(ids[:start])}[[{text(ids[start:])}]]\n'
-          f'--- prompt of validation row {now.validation[0]["question_id"]}, {len(asked)} tokens\n{text(asked)}')
+    print(f'\nstage {now.stage}: {now.epochs} epochs of {now.steps} steps, {len(now.rows)} rows, '
+          f'{thoughts} thoughts, {written} steps in words, learning rate {rates[0]:.1e} to '
+          f'{max(rates):.1e} to {rates[-1]:.1e}{mixed}\n'
+          f'--- training row {now.rows[0]["question_id"]}, {len(ids)} tokens; supervised is what stands '
+          f'in [[ ]]\n{text(ids[:start])}[[{text(ids[start:])}]]\n'
+          f'--- prompt of validation row {now.validation[0]["question_id"]}, {len(asked)} tokens\n'
+          f'{text(asked)}')
 
 
-# --- optimization, and how a run ends ---------------------------------------------------------------------------------
-
-def new_optimizer():
-    """AdamW; weight decay on matrices only."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    matrices, others = [p for p in trained if p.dim() >= 2], [p for p in trained if p.dim() < 2]
-    return torch.optim.AdamW([dict(params=matrices), dict(params=others, weight_decay=0.0)], lr=learning_rate,
-                             betas=(beta1, beta2), eps=adam_eps, weight_decay=weight_decay, fused=device != 'mps')
-
-
-def stop(signum, frame):
-    """SIGTERM and Ctrl-C: the loop saves after the step in hand and ends. The same again ends at once."""
-    SIGNALS.append(signum)
-    signal.signal(signum, signal.SIG_DFL)
+def newest_whole_epoch(out_dir):
+    """Words that name the newest epoch_{k}.pt that is whole, for a run whose last.pt is not; '' for none."""
+    paths = sorted(glob.glob(os.path.join(out_dir, 'epoch_*.pt')), key=os.path.getmtime, reverse=True)
+    for path in paths:
+        try:
+            saved = read_checkpoint(path)
+        except ValueError:
+            continue
+        return (f'; the newest whole one is {path}, the weights after step {saved["step"]}: start a stage '
+                f'from it, with --init_from={path} --start_stage={saved["stage"]} and another --out_dir')
+    return ''
 
 
-def leave():
-    by = SIGNALS[0] if SIGNALS else signal.SIGTERM  # none where another rank was asked
-    print(f'train.py: stopped by {signal.Signals(by).name} after step {step}, all is saved: go on with '
-          '--init_from=resume', file=sys.stderr)
-    end(128 + by)
+def git_commit():
+    """The commit of this code, and whether files differ from it; '' without git."""
+    if not shutil.which('git'):
+        return ''
+
+    def git(*args):
+        done = subprocess.run(['git', '-C', os.path.dirname(os.path.abspath(__file__)), *args],
+                              capture_output=True, text=True)
+        return done.stdout.strip()
+
+    return git('rev-parse', 'HEAD') + (' with changes' if git('status', '--porcelain', '-uno') else '')
 
 
-def end(code=0):
-    """Ends the script, and first the group of ranks: its threads may not outlive the interpreter."""
-    global network
-    network = None  # the threads end with the last reference to the group
-    if world > 1:
-        dist.destroy_process_group()
-    raise SystemExit(code)
+def draw_curves(path, metrics):
+    """Accuracy and loss over steps, stages marked, from a metrics.jsonl."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    with open(metrics) as f:
+        events = [json.loads(line) for line in f]
+    trained = [event for event in events if event['event'] == 'train']
+    evaluated = [event for event in events if event['event'] == 'eval']
+    steps = [event['step'] for event in evaluated]
+    figure, (top, low) = plt.subplots(2, 1, sharex=True, figsize=(7, 4.5), height_ratios=(2, 1),
+                                      layout='tight')
+    top.plot(steps, [100 * event['accuracy'] for event in evaluated], 'o-', ms=3)
+    top.set(ylabel='validation accuracy, %', ylim=(0, 102))
+    low.semilogy([event['step'] for event in trained], [event['loss'] for event in trained], lw=0.8,
+                 label='training')
+    low.semilogy(steps, [event['loss'] for event in evaluated], 'o', ms=3, label='validation')
+    low.set(ylabel='loss', xlabel='optimizer steps')
+    low.legend(fontsize=7)
+    for stage, end in {event['stage']: event['step'] for event in evaluated}.items():
+        top.text(end, 4, f'stage {stage} ', ha='right', fontsize=7)
+        top.axvline(end, color='grey', lw=0.5)
+        low.axvline(end, color='grey', lw=0.5)
+    with replacing(path) as part:
+        figure.savefig(part, dpi=120, format='png')
+    plt.close(figure)
 
 
-# --- the run's folder: written by rank 0 alone ------------------------------------------------------------------------
-
-def elapsed():
-    """Seconds of this run, those before a resume included."""
-    return before + time.time() - started
-
-
-def log(event, **values):
-    if rank:
-        return
-    with open(os.path.join(out_dir, 'metrics.jsonl'), 'a') as f:
-        line = dict(event=event, step=step, stage=stage, epoch=epoch, time=round(elapsed(), 2), **values)
-        f.write(json.dumps(line) + '\n')
-    if wandb_run:
-        numbers = {k: v for k, v in dict(values, stage=stage, step=step).items() if isinstance(v, (int, float))}
-        wandb_run.log({f'{event}/{k}': v for k, v in numbers.items()})
-
-
-def report_step(seconds):
-    """A line for the console and one for metrics.jsonl; `seconds` is the time since the last."""
-    usual = model.language_model.model.embed_tokens.weight.norm(dim=-1).mean()
-    fed = out.thoughts.detach().norm(dim=-1)                                                  # [B, n]
-    v = dict(loss=loss, token_accuracy=hits, lr=lr, grad_norm=norm, memory_gb=peak_memory(device) / 1e9,
-             tokens_per_s=meter['tokens'] / seconds, images_per_s=meter['images'] / seconds,
-             wait=meter['wait'] / seconds, thought_ratio=(fed[fed > 0].mean() / usual).item() if fed.any() else 0.0)
-    eta = int((last_step - step) * elapsed() / step)
-    print(f'step {step:6d}/{last_step} | stage {stage} | loss {loss:7.4f} | acc {100 * hits:5.1f} % | lr {lr:.1e} | '
-          f'grad {norm:6.2f} | thought {v["thought_ratio"]:4.2f} | {v["tokens_per_s"]:6.0f} tok/s | '
-          f'{v["images_per_s"]:6.1f} img/s | wait {100 * v["wait"]:3.0f} % | {v["memory_gb"]:5.2f} GB | '
-          f'ETA {eta // 60:3d}m{eta % 60:02d}s', flush=True)
-    log('train', **v)
-
-
-def write(name, content, mode='w'):
-    if not rank:
-        with replacing(os.path.join(out_dir, name)) as part, open(part, mode) as f:
-            f.write(content if mode == 'wb' else json.dumps(content, indent=1))
-
-
-def save(name, resumable=True):
-    """A checkpoint; with all that a resume needs, or only what an evaluation does."""
-    if rank:
-        return
-    state = dict(model=model.state_dict(), config=asdict(config), tokenizer=tokenizer.backend_tokenizer.to_str(),
-                 knobs=knobs, provenance=provenance, **{k: globals()[k] for k in STATE})
-    if resumable:  # the workers have no random state: a row's draw depends on seed, epoch and row
-        kind, keys, *rest = np.random.get_state()
-        state.update(optimizer=optimizer.state_dict(), elapsed=elapsed(), data=data,
-                     log_size=os.path.getsize(os.path.join(out_dir, 'metrics.jsonl')),
-                     random=[random.getstate(), (kind, keys.tolist(), *rest), torch.get_rng_state()])
-    with replacing(os.path.join(out_dir, name)) as part, open(part, 'wb') as f:
-        torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())
-
-
-def load_last():
-    """Model and tokenizer of last.pt. Where that is not whole, the error names what is; nothing is chosen silently."""
-    path = os.path.join(out_dir, 'last.pt')
-    try:
-        return load_checkpoint(path)
-    except (ValueError, FileNotFoundError) as error:
-        for other in sorted(glob.glob(os.path.join(out_dir, 'epoch_*.pt')), key=os.path.getmtime, reverse=True):
-            with suppress(ValueError):
-                reached = read_checkpoint(other)['step']
-                raise OSError(f'{error}; the newest whole one is {other}, after step {reached}: copy it to {path} and '
-                              'resume') from None
-        raise
-
-
-def refuse_changes(saved):
-    """Raises ValueError where going on from `saved` would not be the run that it began as."""
-    if 'optimizer' not in saved:
-        raise ValueError(f'{out_dir}/last.pt holds no optimizer state: put a last.pt or an epoch_k.pt in its place')
-    changed = [f'{k}={knobs[k]!r} (was {v!r})' for k, v in saved['knobs'].items()
-               if k not in FREE and knobs.get(k, v) != v]
-    changed += [f'data_dir={data_dir!r} (its rows are not those the run began with)'] if saved['data'] != data else []
-    if changed:
-        raise ValueError(f'the run in {out_dir} began with other knobs: {", ".join(changed)}; set them back, or choose '
-                         'another --out_dir')
-
-
-def start_of_run():
-    """How this process was started, and on what."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    git = lambda *args: subprocess.run(['git', '-C', here, *args], capture_output=True, text=True).stdout.strip()
-    changed = shutil.which('git') and git('status', '--porcelain', '-uno')
-    commit = git('rev-parse', 'HEAD') + (' with changes' if changed else '') if shutil.which('git') else ''
-    packages = ('torch', 'transformers', 'tokenizers', 'timm', 'numpy')
-    return dict(command=shlex.join(sys.argv), time=time.strftime('%Y-%m-%d %H:%M:%S'), commit=commit, knobs=knobs,
-                host=platform.node(), ranks=world, threads=torch.get_num_threads(),
-                device=torch.cuda.get_device_name() if device == 'cuda' else platform.machine(),
-                versions={'python': platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}})
-
-
-if __name__ == '__main__':
-    # --- setup --------------------------------------------------------------------------------------------------------
-    torchrun = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1)  # what it sets
-    rank, local_rank, world = (int(os.environ.get(key, alone)) for key, alone in torchrun.items())
+if __name__ == '__main__':  # data workers import this file again where processes are not forked
+    # --- setup: ranks, knobs, device --------------------------------------------------------------
+    rank = int(os.environ.get('RANK', 0))  # these three are torchrun's
+    local_rank = int(os.environ.get('LOCAL_RANK', 0))
+    world = int(os.environ.get('WORLD_SIZE', 1))
     if rank:
         sys.stdout = open(os.devnull, 'w')
-    knobs = configure(globals())
-    globals().update(knobs)
+    globals().update(knobs := configure(globals()))
+    at_least_1 = ('batch_size', 'eval_batch_size', 'log_interval', 'max_new_tokens', 'max_tiles')
     for key, value in knobs.items():
-        least = int(key in ('batch_size', 'eval_batch_size', 'log_interval', 'max_new_tokens', 'max_tiles'))
+        least = 1 if key in at_least_1 else 0
         if isinstance(value, (int, float)) and value < least:
             raise ValueError(f'{key}={value}: expected {least} or more')
     torch.set_num_threads(threads or torch.get_num_threads())
     device = pick_device(device)
     if device == 'cuda':
         if local_rank >= torch.cuda.device_count():
-            raise ValueError(f'rank {local_rank} has no GPU, this machine has {torch.cuda.device_count()}: '
-                             'lower --nproc_per_node')
+            raise ValueError(f'rank {local_rank} has no GPU, this machine has '
+                             f'{torch.cuda.device_count()}: lower --nproc_per_node')
         torch.cuda.set_device(local_rank)
     dtype = knobs['dtype'] = pick_dtype(dtype, device)
     autocast = torch.autocast(device, torch.bfloat16) if dtype == 'bfloat16' else nullcontext()
     loading = dict(num_workers=num_workers, pin_memory=device == 'cuda')
     micro = micro_batch_size or batch_size // world
     if micro < 1 or batch_size % (micro * world):
-        raise ValueError(f'batch_size={batch_size} is not a multiple of {micro * world}: {world} rank(s) with '
-                         f'micro-batches of {micro}; change one of them')
-    text_knobs = dict(mode=mode, c_thought=c_thought, max_latent_stage=max_latent_stage, prompt=prompt, answer=answer,
-                      pad_latent_to_max=pad_latent_to_max, template=template, visual_bridge=visual_bridge)
-    build_text(read_split(data_dir, 'validation')[0], 0, **text_knobs)  # what it refuses, before a model is loaded
-    for split in ('train', 'validation', 'test'):
-        if os.path.isfile(split_file(data_dir, split)):
-            check_round_trip(read_split(data_dir, split), answer)
-    probe.expand(intervene)
-    for folder in filter(None, compare.split(',')):
-        if not glob.glob(os.path.join(folder, 'answers_*.json')):
-            raise ValueError(f'compare={folder}: no answers_*.json there; give the out_dir of a run that has ended')
+        raise ValueError(f'batch_size={batch_size} is not a multiple of {micro * world}: {world} '
+                         f'rank(s) with micro-batches of {micro}; change one of them')
+    text_knobs = dict(mode=mode, c_thought=c_thought, max_latent_stage=max_latent_stage,
+                      prompt=prompt, answer=answer, pad_latent_to_max=pad_latent_to_max,
+                      template=template, visual_bridge=visual_bridge)
+    splits = ['validation']
+    if os.path.isfile(split_file(data_dir, 'test')):
+        splits.append('test')
+    build_text(read_split(data_dir, 'validation')[0], 0, **text_knobs)  # refuses before a model is there
+    for split in splits if eval_only else ['train', *splits]:
+        check_round_trip(read_split(data_dir, split), answer)
     held = glob.glob(os.path.join(out_dir, '*.pt'))
     if held and init_from != 'resume' and not (overwrite or dry_run):
         raise ValueError(f'{out_dir} holds another run ({os.path.basename(held[0])}): go on with it by '
-                         '--init_from=resume, choose another --out_dir, or let go of it by --overwrite=True')
+                         '--init_from=resume, choose another --out_dir, or let go of it by '
+                         '--overwrite=True')
     if wandb and not importlib.util.find_spec('wandb'):
         raise ValueError('wandb=True, but wandb is not installed: pip install wandb, or leave it out')
     if world > 1:
         dist.init_process_group('cpu:gloo,cuda:nccl' if device == 'cuda' else 'gloo')
-    for seeded in (random.seed, np.random.seed, torch.manual_seed):
-        seeded(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
-    # --- model --------------------------------------------------------------------------------------------------------
+    def all_ranks(value):
+        """What each rank gave, in a list. Numbers of the host stay there: no GPU is waited for."""
+        values = [value] * world
+        if world > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def end(code=0):
+        """Ends the script, and first the group of ranks: its threads may not outlive the interpreter."""
+        global network
+        network = None  # the threads end with the last reference to the group
+        if world > 1:
+            dist.destroy_process_group()
+        raise SystemExit(code)
+
+    # --- model ------------------------------------------------------------------------------------
+    last_path = os.path.join(out_dir, 'last.pt')
     if init_from == 'scratch':
-        tokenizer = load_tokenizer(os.path.join(data_dir, 'tokenizer'))
-        config = Config(vocab_size=len(tokenizer), image_token_id=tokenizer.convert_tokens_to_ids(IMG_CONTEXT),
-                        latent_token_id=tokenizer.convert_tokens_to_ids(LATENT), pad_token_id=tokenizer.pad_token_id,
-                        eos_token_ids=(tokenizer.eos_token_id,),
-                        **{f.name: knobs[f.name] for f in fields(Config) if f.name in knobs})
-        model, saved = MultiCoCo(config), {}
-        markers = tokenizer.convert_tokens_to_ids([START_LATENT, END_LATENT])
-        with torch.no_grad():  # they start as the line's end, which the model will know when thoughts come in
-            table = model.language_model.model.embed_tokens.weight
-            table[markers] = table[tokenizer.encode('\n', add_special_tokens=False)[-1]].clone()
+        tokenizer, saved = load_tokenizer(os.path.join(data_dir, 'tokenizer')), {}
+        shape = {field.name: knobs[field.name] for field in fields(Config) if field.name in knobs}
+        config = Config(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id,
+                        image_token_id=tokenizer.convert_tokens_to_ids(IMG_CONTEXT),
+                        latent_token_id=tokenizer.convert_tokens_to_ids(LATENT),
+                        eos_token_ids=(tokenizer.eos_token_id,), **shape)
+        model = MultiCoCo(config)
+        # the markers start as copies of the line end, which the model will know when thoughts come in
+        line_end = tokenizer.encode('\n', add_special_tokens=False)[-1]
+        embeddings = model.language_model.model.embed_tokens.weight.data
+        for marker in tokenizer.convert_tokens_to_ids([START_LATENT, END_LATENT]):
+            embeddings[marker] = embeddings[line_end].clone()
+    elif init_from == 'resume':
+        try:
+            model, tokenizer, saved = load_checkpoint(last_path)
+        except (ValueError, FileNotFoundError) as error:
+            raise OSError(f'{error}{newest_whole_epoch(out_dir)}') from None
+        if 'optimizer' not in saved:
+            raise ValueError(f'{last_path} holds no optimizer state: start a stage from it, with '
+                             f'--init_from=FILE --start_stage={saved["stage"]} and another --out_dir')
     else:
-        model, tokenizer, saved = load_last() if init_from == 'resume' else load_checkpoint(init_from)
-        config = model.config
+        model, tokenizer, saved = load_checkpoint(init_from)
+    config = model.config
     model.to(device).set_activation_checkpointing(activation_checkpointing)
     model.vision_model.requires_grad_(not freeze_vision)
-    edit = model.as_pause if mode == 'pause' else None
-    for name, part in dict(vision=model.vision_model, projector=model.mlp1, language=model.language_model).items():
+    edit_thought = model.as_pause if mode == 'pause' else None
+    parts = dict(vision=model.vision_model, projector=model.mlp1, language=model.language_model)
+    for name, part in parts.items():
+        size = sum(p.numel() for p in part.parameters()) / 1e6
         frozen = '' if any(p.requires_grad for p in part.parameters()) else ', frozen'
-        print(f'{name:>10}: {sum(p.numel() for p in part.parameters()) / 1e6:8.3f}M parameters{frozen}')
+        print(f'{name:>10}: {size:8.3f}M parameters{frozen}')
 
-    # --- state: all that a resume needs, besides the model ------------------------------------------------------------
+    # --- provenance -------------------------------------------------------------------------------
+    provenance = dict(
+        command=shlex.join(sys.argv), time=time.strftime('%Y-%m-%d %H:%M:%S'), commit=git_commit(),
+        knobs=knobs, host=platform.node(), ranks=world, threads=torch.get_num_threads(),
+        device=torch.cuda.get_device_name() if device == 'cuda' else platform.machine(),
+        versions={'python': platform.python_version(),
+                  **{p: importlib.metadata.version(p)
+                     for p in ('torch', 'transformers', 'tokenizers', 'timm', 'numpy')}})
+    run_path, starts = os.path.join(out_dir, 'run.json'), []
+    if os.path.isfile(run_path) and (eval_only or init_from == 'resume'):
+        with open(run_path) as f:
+            starts = json.load(f)
+
+    # --- state: all that a resume needs, besides model and optimizer ------------------------------
     epoch = place = step = 0     # whole epochs done, batches of the next one, optimizer steps
+    stage = 0
     accuracy, best = 0.0, None   # latest validation accuracy; [stage, accuracy, -loss] of best.pt
-    before, started, optimizer = 0.0, time.time(), new_optimizer()
-    meter, provenance, lines, wandb_run = Counter(), start_of_run(), b'', None
-    runs = os.path.join(out_dir, 'run.json')
-    starts = json.load(open(runs)) if (eval_only or init_from == 'resume') and os.path.isfile(runs) else []
+    sums = Counter()             # of this epoch's steps, for its file: loss, gradient norm, tokens, ...
+    seconds_before = 0.0         # of this run, before it was resumed
+    wandb_id = os.urandom(4).hex()
+    started = time.time()
 
-    # --- data and schedule --------------------------------------------------------------------------------------------
-    row_knobs = dict(tokenizer=tokenizer, data_dir=data_dir, image_size=config.image_size, max_tiles=max_tiles,
-                     cache_tiles=cache_tiles, max_length=max_length, num_image_tokens=config.num_image_tokens,
-                     seed=seed, **text_knobs)
-    evaluation = Evaluation(model, tokenizer, row_knobs, edit, eval_batch_size, max_new_tokens, autocast, loading,
-                            check=lambda: SIGNALS and leave(),  # last.pt was written before the evaluation began
-                            out_dir=out_dir, log=log, write=write, intervene=intervene, compare=compare)
+    def elapsed():
+        return seconds_before + time.time() - started
+
+    # --- files and logs: written by rank 0 alone --------------------------------------------------
+    wandb_run = None
+
+    def write(name, content, mode='w'):
+        if not rank:
+            with replacing(os.path.join(out_dir, name)) as part, open(part, mode) as f:
+                f.write(content if mode == 'wb' else json.dumps(content, indent=1))
+
+    def log(event, **values):
+        """One line of metrics.jsonl, and the same numbers to wandb with the step as their axis."""
+        if rank:
+            return
+        line = dict(event=event, step=step, stage=stage, epoch=epoch, time=round(elapsed(), 2), **values)
+        with open(os.path.join(out_dir, 'metrics.jsonl'), 'a') as f:
+            f.write(json.dumps(line) + '\n')
+        if wandb_run:
+            numbers = {k: v for k, v in line.items() if isinstance(v, (int, float)) and k != 'step'}
+            wandb_run.log({f'{event}/{k}': v for k, v in numbers.items()}, step=step)
+
+    # --- evaluation -------------------------------------------------------------------------------
+    row_knobs = dict(tokenizer=tokenizer, data_dir=data_dir, image_size=config.image_size,
+                     max_tiles=max_tiles, cache_tiles=cache_tiles, max_length=max_length,
+                     num_image_tokens=config.num_image_tokens, seed=seed, **text_knobs)
+    signals = []  # those that asked this process to stop
+
+    def leave():
+        by = signals[0] if signals else signal.SIGTERM  # none where another rank was asked
+        print(f'train.py: stopped by {signal.Signals(by).name} after step {step}, all is saved: go on '
+              'with --init_from=resume', file=sys.stderr)
+        end(128 + by)
+
+    @torch.no_grad()
+    def evaluate(rows, split):
+        """Free-running greedy answers to rows, shared by the ranks: metrics, and the answers in order."""
+        model.eval()
+        cuts = math.ceil(len(rows) / eval_batch_size)
+        groups = [group.tolist() for group in np.array_split(np.arange(len(rows)), cuts)][rank::world]
+        answers, losses, seconds = [], [], 0.0
+        asked = Rows(rows, split, stage, supervised=False, **row_knobs)
+        for group, found, took in ask(model, tokenizer, asked, groups, answer, autocast, loading,
+                                      edit_thought=edit_thought, max_new_tokens=max_new_tokens):
+            if signals:
+                leave()  # last.pt was written before the evaluation began
+            answers += zip(group, found)
+            seconds += took
+        if all('answer' in row for row in rows):
+            told = Rows(rows, split, stage, **row_knobs)
+            for group, batch in zip(groups, batches(told, groups, **loading)):
+                n = supervised(batch)
+                with autocast:
+                    loss = model(**batch, edit_thought=edit_thought).loss.item()
+                losses.append((group[0], loss * n, n))
+        answers = sorted(sum(all_ranks(answers), []), key=lambda pair: pair[0])
+        losses = sorted(sum(all_ranks(losses), []))
+        metrics = summarize([found for _, found in answers], sum(all_ranks(seconds)))
+        if losses:  # mean cross entropy over the supervised tokens
+            metrics['loss'] = sum(loss for _, loss, _ in losses) / sum(n for _, _, n in losses)
+        return metrics, [found for _, found in answers]
+
+    def report():
+        """The whole validation split, and test, with the answers and A-OKVQA's prediction files."""
+        for split in splits:
+            rows = fitting_rows(split, stage, **row_knobs)
+            metrics, answers = evaluate(rows, split)
+            print(f'{split}: {describe(metrics)}', flush=True)
+            log('final', split=split, **metrics)
+            write(f'answers_{split}.json', dict(data=digest(data_dir, split), answers=answers))
+            if any(row.get('choices') for row in rows):
+                # the official format cannot say that nothing was read: A stands for it
+                write(f'predictions_{split}.json', {found['question_id']: {
+                    'multiple_choice': found['option']} for found in answers})
+                if metrics['unparsed']:
+                    print(f'{split}: in predictions_{split}.json {metrics["unparsed"]} answers that say '
+                          'no option stand as the first one')
+
     if eval_only:
         write('run.json', [*starts, provenance])
-        stage = saved.get('stage', 0)  # a checkpoint that is not ours writes its steps
+        stage = saved.get('stage', 0)  # a checkpoint of another origin writes its steps
+        trained = saved.get('knobs', {})
         for key, value in text_knobs.items():
-            if saved.get('knobs', {}).get(key, value) != value:
-                print(f'{key} is {value!r} here, the checkpoint was trained with {saved["knobs"][key]!r}')
-        evaluation.report(stage)
+            if trained.get(key, value) != value:
+                print(f'{key} is {value!r} here, the checkpoint was trained with {trained[key]!r}')
+        report()
         end()
-    stages = make_schedule()
-    stage, epochs = stages[0].stage, [s for s in stages for _ in range(s.epochs)]
-    total_steps = sum(s.steps for s in epochs)
+
+    # --- schedule ---------------------------------------------------------------------------------
+    wanted = [(0, epochs_stage0)] + [(k, epochs_per_stage) for k in range(1, max_latent_stage + 1)]
+    if epochs_last_stage:
+        wanted.append((max_latent_stage + 1, epochs_last_stage))
+    if mode in ('cot', 'no_cot'):  # no curriculum: one stage of the same length
+        wanted = [(0, sum(count for _, count in wanted))]
+    if not 0 <= start_stage <= wanted[-1][0]:
+        raise ValueError(f'start_stage={start_stage}: expected 0 to {wanted[-1][0]}, the last stage of '
+                         f'mode={mode}')
+    stages, total_steps = [], 0
+    for k, count in wanted:
+        if k < start_stage or not count:
+            continue
+        rows = fitting_rows('train', k, uniform_prob=uniform_prob, **row_knobs)
+        stages.append(Stage(k, count, rows, fitting_rows('validation', k, **row_knobs),
+                            math.ceil(len(rows) / batch_size), total_steps,
+                            learning_rate if k else learning_rate_stage0 or learning_rate))
+        total_steps += stages[-1].steps * count
+    if not stages:
+        raise ValueError('the schedule has no epoch: set epochs_stage0 or epochs_per_stage')
+    if 'test' in splits:
+        fitting_rows('test', stages[-1].stage, **row_knobs)  # a split that cannot be asked is said now
+    stage_of_epoch = [now for now in stages for _ in range(now.epochs)]
+    stage = stages[0].stage
     last_step = min(total_steps, max_steps or total_steps)
-    some = Rows(stages[0].rows[:64], 'train', stage, **row_knobs)
-    print(f'{batch_size} rows a step: {world} rank(s), {batch_size // world // micro} micro-batch(es) of {micro}; '
-          f'about {sum(map(some.length, range(len(some)))) / len(some) * batch_size:.0f} tokens and '
-          f'{sum("image" in row for row in some.rows) / len(some) * batch_size:.0f} images\n'
-          f'{len(epochs)} epochs, {total_steps} steps; {dtype} on {provenance["device"]}', flush=True)
+
+    def learning_rate_at(step, now):
+        """Linear warm-up, then a cosine to min_lr_ratio of the peak: over a stage, or the whole run."""
+        done, total = step, total_steps
+        if reset_optimizer:
+            done, total = step - now.first_step, now.steps * now.epochs
+        if done < warmup_steps:
+            return now.peak * (done + 1) / warmup_steps
+        part = (done - warmup_steps) / max(1, total - warmup_steps)
+        return now.peak * (min_lr_ratio + (1 - min_lr_ratio) * (1 + math.cos(math.pi * part)) / 2)
+
+    def new_optimizer():
+        """AdamW; weight decay on matrices only."""
+        trained = [p for p in model.parameters() if p.requires_grad]
+        groups = [dict(params=[p for p in trained if p.dim() >= 2]),
+                  dict(params=[p for p in trained if p.dim() < 2], weight_decay=0.0)]
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), eps=adam_eps,
+                                 weight_decay=weight_decay, fused=device != 'mps')
+
+    optimizer = new_optimizer()
+    sample_rows = Rows(stages[0].rows[:64], 'train', stage, **row_knobs)
+    share = batch_size / len(sample_rows)
+    tokens = sum(sample_rows.length(i) for i in range(len(sample_rows))) * share
+    images = sum('image' in row for row in sample_rows.rows) * share
+    print(f'{batch_size} rows a step: {world} rank(s), {batch_size // world // micro} micro-batch(es) of '
+          f'{micro}; about {tokens:.0f} tokens and {images:.0f} images\n{len(stage_of_epoch)} epochs, '
+          f'{total_steps} steps; {dtype} on {provenance["device"]}', flush=True)
     if dry_run:
         for now in stages:
-            preview(now)
+            steps = range(now.first_step, now.first_step + now.steps * now.epochs)
+            preview(now, row_knobs, text_knobs, [learning_rate_at(s, now) for s in steps], uniform_prob)
         end()
-    data = digest(data_dir, 'train', 'validation')
+
+    # --- resume, or a fresh folder ----------------------------------------------------------------
+    data, lines = digest(data_dir, 'train', 'validation'), b''
     if init_from == 'resume':
-        refuse_changes(saved)
-        globals().update({k: saved[k] for k in STATE}, before=saved['elapsed'])
+        changed = [f'{k}={knobs[k]!r} (was {v!r})' for k, v in saved['knobs'].items()
+                   if k not in FREE and knobs.get(k, v) != v]
+        if saved['data'] != data:
+            changed.append(f'data_dir={data_dir!r} (its rows are not those the run began with)')
+        if changed:
+            raise ValueError(f'the run in {out_dir} began with other knobs: {", ".join(changed)}; set '
+                             'them back, or choose another --out_dir')
+        epoch, place, step, stage = (saved[k] for k in ('epoch', 'place', 'step', 'stage'))
+        accuracy, best, sums = saved['accuracy'], saved['best'], Counter(saved['sums'])
+        seconds_before, wandb_id = saved['elapsed'], saved['wandb_id']
         optimizer.load_state_dict(saved['optimizer'])
-        for restore, state in zip((random.setstate, np.random.set_state, torch.set_rng_state), saved['random']):
-            restore(state)
+        random.setstate(saved['random'][0])
+        np.random.set_state(saved['random'][1])
+        torch.set_rng_state(saved['random'][2])
         knobs['init_from'] = saved['knobs']['init_from']
         with open(os.path.join(out_dir, 'metrics.jsonl'), 'rb') as f:
             lines = f.read()[:saved['log_size']]  # what came after will be logged again
         print(f'resumed in stage {stage} after {epoch} epochs, {step} steps')
     saved = None
-    earlier = ['*.pt', 'metrics_epoch_*', 'predictions_*', 'answers_*', 'thoughts_*', 'curves.png']
-    for kind in ['*.part'] + (earlier if init_from != 'resume' else []):
-        for path in glob.glob(os.path.join(out_dir, kind)) if not rank else ():
-            os.remove(path)  # what a killed process was writing; with overwrite, the earlier run
+    if not rank:
+        patterns = ['*.part']  # what a killed process was writing
+        if init_from != 'resume':  # with overwrite: the earlier run
+            patterns += ['*.pt', 'metrics_epoch_*', 'predictions_*', 'answers_*', 'thoughts_*',
+                         'probe_*', 'curves.png']
+        for pattern in patterns:
+            for path in glob.glob(os.path.join(out_dir, pattern)):
+                os.remove(path)
     write('metrics.jsonl', lines, 'wb')
     write('run.json', [*starts, provenance])
     if wandb and not rank:
-        wandb_run = importlib.import_module('wandb').init(project='multicoco', dir=out_dir, config=knobs,
-                                                          group=out_dir.replace('/', '-'))
-    text_only = not all(row.get('image') for now in stages for row in now.rows)  # then the vision tower has no gradient
-    network = model if world == 1 else DistributedDataParallel(model, find_unused_parameters=text_only)
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, stop)
-    if not step:
-        save('last.pt')  # from here on the run can be killed at any moment
+        wandb_run = importlib.import_module('wandb').init(
+            project=wandb_project, name=wandb_run_name or os.path.basename(os.path.abspath(out_dir)),
+            id=wandb_id, resume='allow', dir=out_dir, config=knobs)
 
-    # --- the loop -----------------------------------------------------------------------------------------------------
-    while epoch < len(epochs) and (step < last_step or place):  # place: one was trained in, but not evaluated yet
-        now = epochs[epoch]
+    def save(name, resumable=False):
+        """Weights and what an evaluation needs; for a resume optimizer and all state as well."""
+        if rank:
+            return
+        content = dict(model=model.state_dict(), config=asdict(config), knobs=knobs,
+                       tokenizer=tokenizer.backend_tokenizer.to_str(), provenance=provenance,
+                       stage=stage, epoch=epoch, step=step, accuracy=accuracy)
+        if resumable:  # the workers have no random state: a row's draw depends on seed, epoch and row
+            kind, keys, *rest = np.random.get_state()
+            content.update(
+                optimizer=optimizer.state_dict(), place=place, best=best, sums=dict(sums), data=data,
+                elapsed=elapsed(), wandb_id=wandb_id,
+                log_size=os.path.getsize(os.path.join(out_dir, 'metrics.jsonl')),
+                random=[random.getstate(), (kind, keys.tolist(), *rest), torch.get_rng_state()])
+        with replacing(os.path.join(out_dir, name)) as part, open(part, 'wb') as f:
+            torch.save(content, f)
+            f.flush()
+            os.fsync(f.fileno())
+
+    def stop(signum, frame):
+        """SIGTERM and Ctrl-C: the loop saves after the step in hand and ends; again, it ends at once."""
+        signals.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    # where a row has no image the vision tower has no gradient in some batches
+    images_everywhere = all(row.get('image') for now in stages for row in now.rows)
+    network = model
+    if world > 1:
+        network = DistributedDataParallel(model, find_unused_parameters=not images_everywhere)
+    if not step:
+        save('last.pt', resumable=True)  # from here on the run can be killed at any moment
+
+    # --- the loop ---------------------------------------------------------------------------------
+    while epoch < len(stage_of_epoch) and (step < last_step or place):  # place: trained, not evaluated
+        now = stage_of_epoch[epoch]
         if now.stage != stage:
             stage = now.stage
             if reset_optimizer:
                 optimizer = new_optimizer()
         order = np.random.default_rng((seed, epoch)).permutation(len(now.rows)).tolist()
         groups = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
-        mine = [group[rank::world] or group[:1] for group in groups]  # a rank without a row takes one that counts 0
+        own = [group[rank::world] or group[:1] for group in groups]  # none for this rank: one, weight 0
         training = Rows(now.rows, 'train', stage, uniform_prob=uniform_prob, epoch=epoch, **row_knobs)
         model.train()
-        meter.clear()
-        since = waiting = time.time()
-        for batch in batches(training, mine[place:place + max(0, last_step - step)], **loading):
+        meter, since = Counter(), time.time()
+        waiting = since
+        for batch in batches(training, own[place:place + max(0, last_step - step)], **loading):
             meter['wait'] += time.time() - waiting
-            parts, busy = micro_batches(batch, micro), rank < len(groups[place])
-            counts = supervised(batch), int(batch['attention_mask'].sum()), int((batch['num_tiles'] > 0).sum())
-            shared = all_ranks((*(busy * n for n in counts), len(SIGNALS)))
-            total, tokens, images, signals = map(sum, zip(*shared))
-            if signals:
-                save('last.pt')
+            has_rows = rank < len(groups[place])
+            counts = np.array([supervised(batch), int(batch['attention_mask'].sum()),
+                               int((batch['num_tiles'] > 0).sum())]) * has_rows
+            gathered = all_ranks((counts, len(signals)))
+            total, tokens, images = sum(count for count, _ in gathered).tolist()
+            if any(asked for _, asked in gathered):
+                save('last.pt', resumable=True)
                 leave()
             lr = learning_rate_at(step, now)
             for group in optimizer.param_groups:
                 group['lr'] = lr
-            loss = hits = 0.0
+            loss = correct = 0.0
+            parts = micro_batches(batch, micro)
             for part in parts:
-                share = busy * supervised(part) / total  # each supervised token of the global batch counts the same
-                with nullcontext() if network is model or part is parts[-1] else network.no_sync():
+                weight = has_rows * supervised(part) / total  # each supervised token counts the same
+                last_part = network is model or part is parts[-1]
+                with nullcontext() if last_part else network.no_sync():
                     with autocast:
-                        out = network(**part, edit_thought=edit)
-                    (out.loss * share * world).backward()  # the wrapper takes the mean over the ranks
-                loss, hits = loss + out.loss.detach() * share, hits + model.num_correct * busy / total
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-            loss, hits, norm = torch.stack((loss, hits, norm)).tolist()  # the only wait for the device
-            loss, hits = map(sum, zip(*all_ranks([loss, hits])))
+                        out = network(**part, edit_thought=edit_thought)
+                    (out.loss * weight * world).backward()  # the wrapper takes the ranks' mean
+                loss = loss + out.loss.detach() * weight
+                correct = correct + model.num_correct * has_rows / total
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+            loss, correct, norm = torch.stack((loss, correct, norm)).tolist()  # the wait for the device
+            gathered = all_ranks((loss, correct))
+            loss, correct = sum(one for one, _ in gathered), sum(one for _, one in gathered)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 names = ', '.join(str(now.rows[i]['question_id']) for i in groups[place])
-                raise ValueError(f'the loss is {loss} and the gradient norm {norm} in step {step + 1} (stage {stage}, '
-                                 f'epoch {epoch + 1}), rows {names}: {out_dir}/last.pt is from before; lower the '
-                                 'learning rate, or look at these rows')
+                raise ValueError(f'the loss is {loss} and the gradient norm {norm} in step {step + 1} '
+                                 f'(stage {stage}, epoch {epoch + 1}), rows {names}: {last_path} is from '
+                                 'before; lower the learning rate, or look at these rows')
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step, place = step + 1, place + 1
             meter.update(tokens=tokens, images=images)
+            sums.update(steps=1, loss=loss, grad_norm=norm, tokens=tokens, images=images)
             if step % log_interval == 0 or step == last_step:
-                report_step(time.time() - since)
-                meter.clear()
-                since = time.time()
-            if save_every and step % save_every == 0 and place < len(groups):  # at the epoch's end it is saved anyway
-                save('last.pt')
+                seconds = time.time() - since
+                sums['seconds'] += seconds
+                embeddings = model.language_model.model.embed_tokens.weight.norm(dim=-1).mean()
+                fed = out.thoughts.detach().norm(dim=-1)                        # [B, n]
+                ratio = (fed[fed > 0].mean() / embeddings).item() if fed.any() else 0.0
+                v = dict(loss=loss, token_accuracy=correct, lr=lr, grad_norm=norm,
+                         memory_gb=peak_memory(device) / 1e9, tokens_per_s=meter['tokens'] / seconds,
+                         images_per_s=meter['images'] / seconds, wait=meter['wait'] / seconds,
+                         thought_ratio=ratio)
+                eta = int((last_step - step) * elapsed() / step)
+                print(f'step {step:6d}/{last_step} | stage {stage} | loss {loss:7.4f} | '
+                      f'acc {100 * correct:5.1f} % | lr {lr:.1e} | grad {norm:6.2f} | '
+                      f'thought {ratio:4.2f} | {v["tokens_per_s"]:6.0f} tok/s | '
+                      f'{v["images_per_s"]:6.1f} img/s | wait {100 * v["wait"]:3.0f} % | '
+                      f'{v["memory_gb"]:5.2f} GB | ETA {eta // 60:3d}m{eta % 60:02d}s', flush=True)
+                log('train', **v)
+                meter, since = Counter(), time.time()
+            if save_every and step % save_every == 0 and place < len(groups):
+                save('last.pt', resumable=True)  # at the epoch's end it is saved anyway
             waiting = time.time()
-        save('last.pt')  # before the evaluation, so that a kill there costs nothing but it
-        metrics, _ = evaluation.ask(now.validation, 'validation', stage, with_loss=True)
+        sums['seconds'] += time.time() - since
+        save('last.pt', resumable=True)  # before the evaluation: a kill there costs nothing but it
+        metrics, answers = evaluate(now.validation, 'validation')
         whole, accuracy = place == len(groups), metrics['accuracy']
         if whole:
             epoch, place = epoch + 1, 0
         print(f'epoch {epoch:3d} | stage {stage} | {describe(metrics)}', flush=True)
+        for row, found in zip(now.validation[:2], answers):
+            print(f'  asked {row["question"][-100:]!r}, written {found["text"][-160:]!r}, right is '
+                  f'{row["answer"]!r}', flush=True)
         log('eval', **metrics)
-        write(f'metrics_epoch_{epoch}.json', dict(metrics, stage=stage, epoch=epoch, step=step))
         key = [stage, accuracy, -metrics['loss']]
         if best is None or key >= best:
             best = key
-            save('best.pt', resumable=False)
-        if whole:  # else max_steps ended the run inside an epoch: resumed from last.pt, it is as if that had not been
+            save('best.pt')
+        if whole:  # max_steps may end a run inside an epoch: resumed, it is as if it had not been asked
+            n, seconds = sums['steps'], sums['seconds']
+            write(f'metrics_epoch_{epoch}.json', dict(
+                metrics, stage=stage, epoch=epoch, step=step, lr=learning_rate_at(step - 1, now),
+                train_loss=sums['loss'] / n, grad_norm=sums['grad_norm'] / n,
+                tokens_per_s=sums['tokens'] / seconds, images_per_s=sums['images'] / seconds))
+            sums = Counter()
             save(f'epoch_{epoch}.pt')
-            save('last.pt')
-        if not rank and (step >= last_step or epochs[epoch].stage != stage):
-            probe.draw_curves(os.path.join(out_dir, 'curves.png'), os.path.join(out_dir, 'metrics.jsonl'))
+            for k in range(1, epoch - keep_epochs + 1):  # stages' last epochs always stay
+                path = os.path.join(out_dir, f'epoch_{k}.pt')
+                if stage_of_epoch[k - 1] is stage_of_epoch[k] and os.path.isfile(path) and not rank:
+                    os.remove(path)
+            save('last.pt', resumable=True)
+        if not rank and (step >= last_step or stage_of_epoch[epoch].stage != stage):
+            draw_curves(os.path.join(out_dir, 'curves.png'), os.path.join(out_dir, 'metrics.jsonl'))
         if step >= last_step:
             break
 
-    # --- what came out ------------------------------------------------------------------------------------------------
-    all_ranks(None)  # here none is before best.pt is whole
+    # --- what came out ----------------------------------------------------------------------------
+    all_ranks('here')  # none goes on before best.pt is whole
     saved = read_checkpoint(os.path.join(out_dir, 'best.pt'))
     model.load_state_dict(saved['model'])
     stage, epoch, step = saved['stage'], saved['epoch'], saved['step']
     print(f'best.pt: stage {stage}, epoch {epoch}')
-    evaluation.report(stage)
+    report()
     print(f'{elapsed() / 60:.1f} minutes')
     end()

@@ -7,7 +7,6 @@ data_dir = 'data/aokvqa'
 out_dir = 'out-zeroshot'
 init_from = 'OpenGVLab/InternVL3-1B'
 eval_only = True             # validation and test, accuracy with its interval, and A-OKVQA's prediction files
-intervene = ''               # there are no thoughts to change
 
 template = 'chatml'          # chat turns, as this checkpoint was trained; 'plain' for one that was not
 prompt = "<image>\n{question}\n{choices}\nAnswer with the option's letter from the given choices directly."

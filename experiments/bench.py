@@ -1,9 +1,9 @@
 """
 Speed, memory and FLOPs beside transformers, in one run, on the same random weights and the same batch.
 
-    python bench.py                                small decoder and vision tower, real vocabulary and tile size, CPU
-    python bench.py --size=1b --device=cuda        InternVL3-1B's shapes; training, thoughts and decoding on one GPU
-    python bench.py --size=1b --device=cpu         the peak memory of 1B training, simulated with fake tensors
+    python -m experiments.bench                                small decoder and vision tower, real vocabulary and tile size, CPU
+    python -m experiments.bench --size=1b --device=cuda        InternVL3-1B's shapes; training, thoughts and decoding on one GPU
+    python -m experiments.bench --size=1b --device=cpu         the peak memory of 1B training, simulated with fake tensors
 
 Beside ours stand the paths of reference.py: in training (a) the floor and (b) Coconut's published loop, in generation
 (c) transformers' generate without thoughts and (d) Coconut's published generation. Seconds are CPU seconds of all
@@ -20,6 +20,7 @@ Not done:
     head and cross entropy in slices                8 rows with 24 supervised tokens are 0.1 GB of logits
     all linear layers on packed rows                the MLP is 3/4 of them, and costs 3 lines
 """
+
 import gc
 import json as json_format
 import statistics
@@ -37,21 +38,40 @@ from configurator import configure
 from model import Config, Layout, MultiCoCo
 from sample import pick_device
 from prepare import collate
-from reference import embed, floor_loss, models, plain_generate, published_generate, published_loss
+from experiments.reference import (
+    embed,
+    floor_loss,
+    models,
+    plain_generate,
+    published_generate,
+    published_loss,
+)
 
 # --- knobs ------------------------------------------------------------------------------------------------------------
-size = 'small'       # 'small' or '1b'
-device = 'auto'      # 'auto', 'cpu', 'cuda'
+size = 'small'  # 'small' or '1b'
+device = 'auto'  # 'auto', 'cpu', 'cuda'
 repeats = 3
-json = False         # print one JSON object as well, last
+json = False  # print one JSON object as well, last
 seed = 1337
 
 NO_END = dict(eos_token_ids=(-1,))  # every row writes all its tokens
-CONFIGS = {'1b': Config(**NO_END),
-           'small': Config(num_hidden_layers=2, vision_num_layers=2, vision_hidden_size=384, vision_num_heads=6,
-                           vision_intermediate_size=1536, **NO_END)}
-QUESTION, THOUGHTS, ANSWER = 40, 8, 24  # text tokens of a row's prompt, its thoughts, supervised tokens
-ROWS, NEW = 16, 32                      # of a generation: rows, and tokens that each writes
+CONFIGS = {
+    '1b': Config(**NO_END),
+    'small': Config(
+        num_hidden_layers=2,
+        vision_num_layers=2,
+        vision_hidden_size=384,
+        vision_num_heads=6,
+        vision_intermediate_size=1536,
+        **NO_END,
+    ),
+}
+QUESTION, THOUGHTS, ANSWER = (
+    40,
+    8,
+    24,
+)  # text tokens of a row's prompt, its thoughts, supervised tokens
+ROWS, NEW = 16, 32  # of a generation: rows, and tokens that each writes
 
 
 def make_batch(c, B, thoughts, tiles=(1, 2), supervised=True):
@@ -64,12 +84,18 @@ def make_batch(c, B, thoughts, tiles=(1, 2), supervised=True):
         ids = text[:10] + visual + text[10:-ANSWER] + latent
         labels = [-100] * len(ids) + text[-ANSWER:]
         pixels = torch.randint(0, 256, (P, 3, side, side), generator=g, dtype=torch.uint8)
-        made.append(dict(input_ids=ids + text[-ANSWER:] if supervised else ids, labels=labels if supervised else None,
-                         pixel_values=pixels))
+        made.append(
+            dict(
+                input_ids=ids + text[-ANSWER:] if supervised else ids,
+                labels=labels if supervised else None,
+                pixel_values=pixels,
+            )
+        )
     return {k: v.to(device) for k, v in collate(made).items()}
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
+
 
 def seconds(work):
     """CPU seconds of all threads, or the GPU's."""
@@ -94,7 +120,9 @@ def interleaved(works, rounds):
 def cost(work):
     """Peak bytes above what is held before, and FLOPs; also warms up."""
     gc.collect()
-    status = lambda key: next(int(line.split()[1]) * 1024 for line in open('/proc/self/status') if line.startswith(key))
+    status = lambda key: next(
+        int(line.split()[1]) * 1024 for line in open('/proc/self/status') if line.startswith(key)
+    )
     if device == 'cuda':
         torch.cuda.reset_peak_memory_stats()
     else:
@@ -111,11 +139,13 @@ def cost(work):
 
 def step_of(model, loss):
     """Forward and backward pass; the optimizer's part is the same for all."""
+
     def work():
         with autocast:
             out = loss()
         (out[0] if isinstance(out, tuple) else out).backward()
         model.zero_grad(set_to_none=True)
+
     return work
 
 
@@ -123,18 +153,25 @@ def table(title, lines, floor):
     print(f'\n{title:30}   seconds  of {floor:18}  GFLOP  peak GB')
     for name, v in lines.items():
         more = f'{v["flops"] / 1e9:28.1f}{v["peak"] / 1e9:9.2f}' if 'flops' in v else ''
-        print(f'{name:30}{v["seconds"]:10.2f}{v["seconds"] / lines[floor]["seconds"]:9.3f}{more}', flush=True)
+        print(
+            f'{name:30}{v["seconds"]:10.2f}{v["seconds"] / lines[floor]["seconds"]:9.3f}{more}',
+            flush=True,
+        )
 
 
 def training():
     batch = make_batch(config, batch_size, THOUGHTS, tiles)
-    works = {'floor': step_of(theirs, lambda: floor_loss(theirs, batch)),
-             'ours': step_of(ours, lambda: ours(**batch).loss),
-             'published': step_of(theirs, lambda: published_loss(theirs, batch, config.latent_token_id))}
+    works = {
+        'floor': step_of(theirs, lambda: floor_loss(theirs, batch)),
+        'ours': step_of(ours, lambda: ours(**batch).loss),
+        'published': step_of(theirs, lambda: published_loss(theirs, batch, config.latent_token_id)),
+    }
     costs = {name: cost(work) for name, work in works.items()}
     took = interleaved({name: works[name] for name in ('floor', 'ours')}, repeats)
     both = interleaved({name: works[name] for name in ('ours', 'published')}, 1)
-    took['published'] = took['ours'] * both['published'] / both['ours']  # by the ratio in the round that they shared
+    took['published'] = (
+        took['ours'] * both['published'] / both['ours']
+    )  # by the ratio in the round that they shared
     lines = {name: dict(costs[name], seconds=took[name]) for name in works}
     table(f'training step, {batch_size} rows, {THOUGHTS} thoughts', lines, 'floor')
     return lines
@@ -147,26 +184,37 @@ def thoughts():
     def passes(tokens):  # of transformers: the prompt, then so many tokens a row, one by one
         cache, x, total = DynamicCache(), embed(theirs, prompt), 0
         for _ in range(1 + tokens):
-            out = theirs.model.language_model(inputs_embeds=x, past_key_values=cache, use_cache=True)
+            out = theirs.model.language_model(
+                inputs_embeds=x, past_key_values=cache, use_cache=True
+            )
             x = out.last_hidden_state[:, -1:]
             total = total + x.sum()
         return total
 
     made = {n: make_batch(config, batch_size, n, tiles) for n in counts}
     works = {n: step_of(ours, lambda n=n: ours(**made[n]).loss) for n in counts}
-    works.update(prompt=step_of(theirs, lambda: passes(0)), tokens=step_of(theirs, lambda: passes(8)))
+    works.update(
+        prompt=step_of(theirs, lambda: passes(0)), tokens=step_of(theirs, lambda: passes(8))
+    )
     took = interleaved(works, repeats)
     token = (took['tokens'] - took['prompt']) / 8
     print('\ntraining step by thoughts: ' + ', '.join(f'{n}: {took[n]:.2f} s' for n in counts))
-    print(f'a further thought: {(took[32] - took[0]) / 32:.3f} s (from 0 to 32); a token in a pass of its own over '
-          f'transformers: {token:.3f} s')
+    print(
+        f'a further thought: {(took[32] - took[0]) / 32:.3f} s (from 0 to 32); a token in a pass of its own over '
+        f'transformers: {token:.3f} s'
+    )
     return dict(seconds={n: took[n] for n in counts}, token=token)
 
 
 def products():
     """The matrix products of the decoding steps, nothing else."""
-    linears = [module for module in ours.language_model.modules() if isinstance(module, torch.nn.Linear)]
-    inputs = {n: torch.randn(ROWS, 1, n, device=device) for n in {linear.in_features for linear in linears}}
+    linears = [
+        module for module in ours.language_model.modules() if isinstance(module, torch.nn.Linear)
+    ]
+    inputs = {
+        n: torch.randn(ROWS, 1, n, device=device)
+        for n in {linear.in_features for linear in linears}
+    }
     for _ in range(NEW - 1):
         for linear in linears:
             linear(inputs[linear.in_features])
@@ -176,37 +224,50 @@ def products():
 def generation():
     ask = lambda B, n: make_batch(config, B, n, tiles, supervised=False)
     batch, plain, two = ask(ROWS, THOUGHTS), ask(ROWS, 0), ask(2, THOUGHTS)
-    works = {'plain, no thoughts': lambda: plain_generate(theirs, plain, NEW),
-             'ours': lambda: ours.generate(**batch, max_new_tokens=NEW),
-             'ours, one token': lambda: ours.generate(**batch, max_new_tokens=1), 'products': products}
+    works = {
+        'plain, no thoughts': lambda: plain_generate(theirs, plain, NEW),
+        'ours': lambda: ours.generate(**batch, max_new_tokens=NEW),
+        'ours, one token': lambda: ours.generate(**batch, max_new_tokens=1),
+        'products': products,
+    }
     with autocast:
         costs = {name: cost(work) for name, work in works.items()}
         took = interleaved(works, repeats)
         pair = seconds(lambda: published_generate(theirs, two, config.latent_token_id, NEW))
     took['published, no cache'] = pair * ROWS / 2  # row by row, so two rows tell
-    lines = {name: dict(costs.get(name, {}), seconds=took[name])
-             for name in ('plain, no thoughts', 'ours', 'published, no cache')}
+    lines = {
+        name: dict(costs.get(name, {}), seconds=took[name])
+        for name in ('plain, no thoughts', 'ours', 'published, no cache')
+    }
     table(f'{ROWS} answers of {NEW} tokens, {THOUGHTS} thoughts', lines, 'plain, no thoughts')
     step, bare = (took['ours'] - took['ours, one token']) / (NEW - 1), took['products'] / (NEW - 1)
-    print(f'a decoding step: {step:.3f} s, its matrix products alone: {bare:.3f} s, ratio {step / bare:.2f}')
+    print(
+        f'a decoding step: {step:.3f} s, its matrix products alone: {bare:.3f} s, ratio {step / bare:.2f}'
+    )
     return dict(lines, step=step, products=bare)
 
 
 def on_gpu(trained):
     """Against what this GPU can do: its own bf16 matrix rate and copy bandwidth."""
     a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
-    big = torch.empty(2 ** 31, device=device, dtype=torch.uint8)
+    big = torch.empty(2**31, device=device, dtype=torch.uint8)
     for _ in range(3):
-        rate, bandwidth = 2 * 8192 ** 3 / seconds(lambda: a @ a), 2 * len(big) / seconds(big.clone)
-    print(f'\nbf16 products {rate / 1e12:.0f} TFLOP/s, copies {bandwidth / 1e9:.0f} GB/s; training: '
-          f'{trained["ours"]["flops"] / trained["ours"]["seconds"] / rate:.1%} of the products, '
-          f'{trained["ours"]["seconds"] / trained["floor"]["seconds"]:.3f} of the floor')
+        rate, bandwidth = 2 * 8192**3 / seconds(lambda: a @ a), 2 * len(big) / seconds(big.clone)
+    print(
+        f'\nbf16 products {rate / 1e12:.0f} TFLOP/s, copies {bandwidth / 1e9:.0f} GB/s; training: '
+        f'{trained["ours"]["flops"] / trained["ours"]["seconds"] / rate:.1%} of the products, '
+        f'{trained["ours"]["seconds"] / trained["floor"]["seconds"]:.3f} of the floor'
+    )
     model, out = ours.bfloat16(), dict(rate=rate, bandwidth=bandwidth)
     lm = model.language_model
-    weights = 2 * sum(p.numel() for part in (lm.model.layers, lm.lm_head) for p in part.parameters())
+    weights = 2 * sum(
+        p.numel() for part in (lm.model.layers, lm.lm_head) for p in part.parameters()
+    )
     for B in (1, 32):
         batch = make_batch(config, B, THOUGHTS, tiles, supervised=False)
-        kv = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # numbers a token
+        kv = (
+            2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        )  # numbers a token
         read = weights + 2 * kv * batch['input_ids'].numel()
         compiled = torch.compile(model.step, mode='reduce-overhead', dynamic=False)
         for name, step in (('eager', None), ('compiled', compiled)):
@@ -217,8 +278,10 @@ def on_gpu(trained):
             model.__dict__.pop('step', None)
             each = (took[129] - took[1]) / 128
             out[f'{name} {B}'] = dict(tokens_per_s=B / each, of_bandwidth=read / each / bandwidth)
-            print(f'decoding, {B} rows, {name}: {B / each:.0f} tokens/s, '
-                  f'{read / each / bandwidth:.1%} of the bandwidth floor')
+            print(
+                f'decoding, {B} rows, {name}: {B / each:.0f} tokens/s, '
+                f'{read / each / bandwidth:.1%} of the bandwidth floor'
+            )
     return out
 
 
@@ -234,18 +297,28 @@ def simulated_memory():
         with FakeTensorMode(allow_non_fake_inputs=True) as fake:
             ours = ours.to_empty(device='cpu')
             ours.set_activation_checkpointing()
-            for module in ours.vision_model.modules() if frozen else ():  # the tracker wants gradients of parameters
+            for module in (
+                ours.vision_model.modules() if frozen else ()
+            ):  # the tracker wants gradients of parameters
                 for name, p in list(module.named_parameters(recurse=False)):
                     delattr(module, name)
                     module.register_buffer(name, p.detach())
-            optimizer = torch.optim.AdamW([p for p in ours.parameters() if p.requires_grad], foreach=False)
+            optimizer = torch.optim.AdamW(
+                [p for p in ours.parameters() if p.requires_grad], foreach=False
+            )
 
             def on_real_ids(*args):  # where a token stands is known, the rest is shapes
                 with unset_fake_temporarily():
                     layout = lay_out(*args)
                 fakes = lambda tensors: tuple(map(fake.from_tensor, tensors))
-                return Layout(*fakes(layout[:4]), layout.widths, layout.real_slots, *fakes([layout.image_slots]),
-                              layout.image_tokens, fakes(layout.targets))
+                return Layout(
+                    *fakes(layout[:4]),
+                    layout.widths,
+                    layout.real_slots,
+                    *fakes([layout.image_slots]),
+                    layout.image_tokens,
+                    fakes(layout.targets),
+                )
 
             model.lay_out, pixels = on_real_ids, fake.from_tensor(batch['pixel_values'])
             for p in ours.parameters():
@@ -256,14 +329,21 @@ def simulated_memory():
             tracker.track_external(ours, optimizer)
             with tracker:
                 with torch.autocast('cpu', torch.bfloat16):
-                    loss = ours(batch['input_ids'], pixels, batch['attention_mask'], batch['labels']).loss
+                    loss = ours(
+                        batch['input_ids'], pixels, batch['attention_mask'], batch['labels']
+                    ).loss
                 loss.backward()
                 optimizer.step()
             model.lay_out = lay_out
         peak = next(iter(tracker.get_tracker_snapshot('peak').values()))
-        peaks['vision frozen' if frozen else 'vision trained'] = {str(kind): size for kind, size in peak.items()}
+        peaks['vision frozen' if frozen else 'vision trained'] = {
+            str(kind): size for kind, size in peak.items()
+        }
     for name, peak in peaks.items():
-        print(f'{name}: ' + ', '.join(f'{k.split(".")[-1]} {v / 2**30:.2f} GiB' for k, v in peak.items() if v))
+        print(
+            f'{name}: '
+            + ', '.join(f'{k.split(".")[-1]} {v / 2**30:.2f} GiB' for k, v in peak.items() if v)
+        )
     return peaks
 
 
@@ -278,7 +358,10 @@ if __name__ == '__main__':
         print('no GPU: the peak memory of a training step, simulated')
         out = dict(simulated_memory=simulated_memory())
     else:
-        print('transformers\' model and ours are made and warmed up; about 20 minutes in all on one core', flush=True)
+        print(
+            'transformers\' model and ours are made and warmed up; about 20 minutes in all on one core',
+            flush=True,
+        )
         ours, theirs = (m.to(device) for m in models(config, seed))
         for tower in (ours.vision_model, theirs.model.vision_tower) if size == '1b' else ():
             tower.requires_grad_(False)  # as config/aokvqa.py has it
