@@ -1,13 +1,13 @@
 """
 Config files and flags over a script's defaults. A script keeps plain assignments and updates its globals once:
 
-    batch_size = 32      # a knob: a public name assigned at the top of a script, a bool, int, float or str
+    batch_size = 32      # a knob: a public name at the top of a script, a bool, int, float or str
     globals().update(configure(globals()))
 
     python train.py config/toy.py --seed=1 --mode pause
 
-Files first, then flags, wherever they stand. The default's type is the knob's. A config file may also set knobs of the
-scripts beside this one, so that one recipe serves all; anything else is an error.
+Files first, then flags, wherever they stand. The default's type is the knob's. A config file may also
+set knobs of the other scripts, so that one recipe serves all; anything else is an error.
 """
 import ast
 import difflib
@@ -18,21 +18,21 @@ import runpy
 import sys
 import traceback
 
-TEXTS = ('prompt', 'answer', 'question')  # knobs in which a flag's \\n is the end of a line
-SCRIPTS = ('prepare', 'train', 'sample', 'experiments/bench', 'experiments/probe')
 HERE = os.path.dirname(os.path.abspath(__file__))
+SCRIPTS = ('prepare', 'train', 'sample', 'experiments/bench', 'experiments/probe')
+TEXTS = ('prompt', 'answer', 'question')  # knobs in which a flag's \n is the end of a line
 
 
 def knob_names(script):
     """Public names assigned at the top level of a script, in order."""
     with open(script, encoding='utf-8') as f:
-        tree = ast.parse(f.read())
-    names = [getattr(node.targets[0], 'id', '') for node in tree.body if isinstance(node, ast.Assign)]
+        assigned = [node for node in ast.parse(f.read()).body if isinstance(node, ast.Assign)]
+    names = [getattr(node.targets[0], 'id', '') for node in assigned]
     return [name for name in names if re.fullmatch('[a-z][a-z0-9_]*', name)]
 
 
 def parse(defaults, argv, elsewhere=()):
-    """(knob -> default, arguments, other scripts' knobs) -> (knob -> value, knob -> where it was set). Pure."""
+    """(knob -> default, arguments, other scripts' knobs) -> (knob -> value, knob -> where set). Pure."""
     values, sources, files, flags, rest = dict(defaults), {}, [], [], iter(argv)
     for arg in rest:
         if not arg.startswith('--'):
@@ -46,72 +46,77 @@ def parse(defaults, argv, elsewhere=()):
         flags.append((key, text))
     for file in files:
         if not (file.endswith('.py') and os.path.isfile(file)):
-            raise ValueError(f'no config file {file}: give a path like config/toy.py, or a flag as --key=value')
+            raise ValueError(f'no config file {file}: give a path like config/toy.py, or a flag as '
+                             '--key=value')
         try:
             settings = runpy.run_path(file)
         except Exception as error:  # whatever the user's file raises is the user's to read
             raise ValueError(f'{file} does not run: {type(error).__name__}: {error}') from None
         for key, value in settings.items():
-            if key.startswith('_') or isinstance(value, type(os)) or key in elsewhere and key not in defaults:
+            of_others = key in elsewhere and key not in defaults
+            if key.startswith('_') or isinstance(value, type(os)) or of_others:
                 continue
-            kind = type(lookup(defaults, key, file, elsewhere))
+            kind = kind_of(defaults, key, file, elsewhere)
             value = float(value) if kind is float and type(value) is int else value
             if type(value) is not kind:
-                raise ValueError(f'{file}: {key} = {value!r} is {type(value).__name__}, expected {kind.__name__}')
+                raise ValueError(f'{file}: {key} = {value!r} is {type(value).__name__}, expected '
+                                 f'{kind.__name__}')
             values[key], sources[key] = value, file
     for key, text in flags:
-        kind = type(lookup(defaults, key, f'--{key}', elsewhere))
+        kind = kind_of(defaults, key, f'--{key}', elsewhere)
         if key in TEXTS:
             text = text.replace('\\n', '\n')
         try:
             values[key] = {'True': True, 'False': False}[text] if kind is bool else kind(text)
         except (ValueError, KeyError):
             form = 'True or False' if kind is bool else kind.__name__
-            raise ValueError(f'--{key}={text}: expected {form}, as in --{key}={defaults[key]}') from None
+            raise ValueError(f'--{key}={text}: expected {form}, as in --{key}={defaults[key]}'
+                             ) from None
         sources[key] = 'flag'
     return values, sources
 
 
-def lookup(defaults, key, where, others):
-    if key not in defaults:
-        near = difflib.get_close_matches(key, defaults, 1)
-        hint = f'did you mean {near[0]}?' if near else 'it belongs to another script' if key in others else 'see --help'
-        raise ValueError(f'{where}: unknown knob {key}, {hint}')
-    return defaults[key]
+def kind_of(defaults, key, where, elsewhere):
+    """A knob's type. ValueError where it is not one of this script's."""
+    if key in defaults:
+        return type(defaults[key])
+    near = difflib.get_close_matches(key, defaults, 1)
+    hint = 'it belongs to another script' if key in elsewhere else 'see --help'
+    raise ValueError(f'{where}: unknown knob {key}, {f"did you mean {near[0]}?" if near else hint}')
 
 
 def configure(module):
-    """A script's globals() -> its knobs as files and flags set them. Prints the table; bad input ends the script."""
+    """A script's globals() -> its knobs as files and flags set them. Prints the table."""
     sys.excepthook = one_sentence
-    scripts = [os.path.join(HERE, f'{name}.py') for name in SCRIPTS]
-    elsewhere = {name for script in scripts for name in knob_names(script)}
+    elsewhere = {name for script in SCRIPTS for name in knob_names(f'{HERE}/{script}.py')}
     known = {name: module.get(name) for name in knob_names(module['__file__'])}
-    defaults = {name: value for name, value in known.items() if isinstance(value, (bool, int, float, str))}
+    plain = (bool, int, float, str)
+    defaults = {name: value for name, value in known.items() if isinstance(value, plain)}
     given = [arg for arg in sys.argv[1:] if arg not in ('-h', '--help')]
     values, sources = parse(defaults, given, elsewhere)
-    table = '\n'.join(f'{k:>24} = {v!r}' + (f'   <- {sources[k]}' if k in sources else '') for k, v in values.items())
+    lines = [f'{key:>24} = {value!r}' + (f'   <- {sources[key]}' if key in sources else '')
+             for key, value in values.items()]
     if given != sys.argv[1:]:
-        print(f'{module["__doc__"].strip()}\n\n{table}')
+        print('\n'.join([module['__doc__'].strip(), '', *lines]))
         raise SystemExit(0)
-    print(table)
+    print('\n'.join(lines))
     return values
 
 
 def one_sentence(kind, error, trace):
     """
-    For sys.excepthook: what our own code raises for the user, in a line that begins with raise, is one sentence; any
-    other error keeps its traceback, also one in code that was changed here.
+    For sys.excepthook: what our own code raises for the user, in a line that begins with raise, is one
+    sentence; any other error keeps its traceback, also one in code that was changed here.
     """
     script = os.path.basename(sys.argv[0])
     if kind is KeyboardInterrupt:
         print(f'\n{script}: stopped by Ctrl-C; what was saved is whole', file=sys.stderr)
         os._exit(130)  # not past the data workers, which would each add a traceback
-    for worker in multiprocessing.active_children():  # data workers ignore signals, and Python would wait for them
+    for worker in multiprocessing.active_children():  # they ignore signals, and Python waits for them
         worker.kill()
-    last = traceback.extract_tb(trace)[-1:]
-    folders = (HERE, os.path.join(HERE, 'experiments'))
-    ours = [frame for frame in last if os.path.dirname(os.path.abspath(frame.filename)) in folders]
-    meant = bool(ours) and (ours[0].line or '').strip().startswith('raise ')
+    last = traceback.extract_tb(trace)[-1]
+    ours = os.path.dirname(os.path.abspath(last.filename)) in (HERE, os.path.join(HERE, 'experiments'))
+    meant = ours and (last.line or '').strip().startswith('raise ')
     if issubclass(kind, (ValueError, OSError)) and meant:
         print(f'{script}: {error}', file=sys.stderr)
     else:

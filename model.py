@@ -1,26 +1,30 @@
 """
-MultiCoCo's model: InternVL3 that reasons in continuous thoughts. One image, one question, one forward:
+MultiCoCo's model: InternVL3 that reasons in continuous thoughts. One image, one question, one
+forward:
 
     uint8 tiles -> InternViT (timm) -> pixel shuffle -> projector \\
-                                                                   fuse -> think -> hidden states -> head
+                                                                   fuse -> think -> hidden states ->
+                                                                   head
     token ids   -> embedding ------------------------------------ /
 
 `think` is Coconut's latent loop: the embedding of a thought is the hidden state just before it.
 
 Sources: Coconut (arXiv 2412.06769), InternVL3 (arXiv 2504.10479), Qwen2 (arXiv 2407.10671).
-Notation: B rows, T tokens a row, L tokens of one pass, S slots (see `lay_out`), D width, H heads, K key/value
-heads, V vocabulary, n thoughts, P tiles, N visual tokens a tile. State-dict names are OpenGVLab's, and timm's
-inside the vision tower.
+Notation: B rows, T tokens a row, L tokens of one pass, S slots (see `lay_out`), D width, H heads, K
+key/value heads, V vocabulary, n thoughts, P tiles, N visual tokens a tile. State-dict names are
+OpenGVLab's, and timm's inside the vision tower.
 
 Where this leaves the sources, and why:
-- Coconut pads the batch until all thoughts stand in one column; here each row is cut at its own thoughts, so
-  any number of thoughts may stand anywhere, and n thoughts cost n further passes for the whole batch.
-- The image is encoded once. It stays in the keys and values, so nothing is fused again for a thought.
+- Coconut pads the batch until all thoughts stand in one column; here each row is cut at its own
+  thoughts, so any number of thoughts may stand anywhere, and n thoughts cost n further passes for
+  the whole batch.
+- The image is encoded once. It stays in the keys and values, so nothing is fused again for a
+  thought.
 - Thoughts are never detached: the gradient of the answer reaches thought 1.
-- A count of <IMG_CONTEXT> that does not fit the tiles is an error; OpenGVLab truncates the features and
-  zeroes the loss.
-- RoPE is plain: InternVL3's 'dynamic' scaling equals it up to max_position_embeddings; longer inputs are
-  refused.
+- A count of <IMG_CONTEXT> that does not fit the tiles is an error; OpenGVLab truncates the features
+  and zeroes the loss.
+- RoPE is plain: InternVL3's 'dynamic' scaling equals it up to max_position_embeddings; longer
+  inputs are refused.
 """
 import json
 import math
@@ -42,23 +46,28 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import AddedToken, Tokenizer
 from torch import nn
 
-IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as InternVL has them
+# ImageNet's, as InternVL has them
+IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-# --- tokens -------------------------------------------------------------------------------------------
+# --- tokens ---------------------------------------------------------------------------------------
 IMG, END_IMG, IMG_CONTEXT = '<img>', '</img>', '<IMG_CONTEXT>'
 START_LATENT, LATENT, END_LATENT = '<|start-latent|>', '<|latent|>', '<|end-latent|>'
 SPECIAL_TOKENS = (IMG, END_IMG, IMG_CONTEXT, START_LATENT, LATENT, END_LATENT)
 
 
 def load_tokenizer(name_or_path):
-    """The tokenizer of a folder or hub id with each of SPECIAL_TOKENS present, added only if it is not there."""
+    """
+    The tokenizer of a folder or hub id with each of SPECIAL_TOKENS present, added only if it is not
+    there.
+    """
     return add_special_tokens(read_tokenizer(fetch(name_or_path)))
 
 
 def read_tokenizer(folder):
     """
-    From the tokenizer's own files alone, tokenizer.json or Qwen2's vocab.json and merges.txt. config.json and
-    tokenizer_config.json may name code of the folder, which transformers' Auto classes would ask to run.
+    From the tokenizer's own files alone, tokenizer.json or Qwen2's vocab.json and merges.txt.
+    config.json and tokenizer_config.json may name code of the folder, which transformers' Auto
+    classes would ask to run.
     """
     files = os.listdir(folder)
     if 'tokenizer.json' in files:
@@ -66,15 +75,16 @@ def read_tokenizer(folder):
     elif 'vocab.json' in files and 'merges.txt' in files:
         kind = transformers.Qwen2TokenizerFast
     else:
-        raise OSError(f'no tokenizer could be loaded from {folder}: it holds neither tokenizer.json nor '
-                      'vocab.json and merges.txt')
+        raise OSError(f'no tokenizer could be loaded from {folder}: it holds neither '
+                      'tokenizer.json nor vocab.json and merges.txt')
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # it warns of another class's name in the config
     try:
         return kind.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # its readers raise many kinds; each means that a file is damaged
         reason = f'{type(error).__name__}: {error}'.splitlines()[0][:200]
-        raise OSError(f'no tokenizer could be loaded from {folder} ({reason}): download it again') from None
+        raise OSError(f'no tokenizer could be loaded from {folder} ({reason}): download it '
+                      'again') from None
     finally:
         transformers.logging.set_verbosity(verbosity)
 
@@ -91,7 +101,7 @@ def add_special_tokens(tokenizer):
     return tokenizer
 
 
-# --- decoder: Qwen2 (q, k, v with bias) or Qwen3 (RMS norm on each head's queries and keys) -------------
+# --- decoder: Qwen2 (q, k, v with bias) or Qwen3 (RMS norm on each head's queries and keys) -------
 
 @dataclass
 class Config:
@@ -132,7 +142,10 @@ class Config:
 
 
 def rotary(position, head_dim, theta):
-    """RoPE's cos and sin, float32 [B, 1, L, head_dim], of positions [B, L]; sin is minus in its first half."""
+    """
+    RoPE's cos and sin, float32 [B, 1, L, head_dim], of positions [B, L]; sin is minus in its first
+    half.
+    """
     half = torch.arange(0, head_dim, 2, device=position.device, dtype=torch.float32)
     frequency = theta ** -(half / head_dim)
     angle = position[:, None, :, None].float() * frequency
@@ -141,7 +154,10 @@ def rotary(position, head_dim, theta):
 
 
 def rotate(x, cos, sin):
-    """(a, b) to (a cos - b sin, b cos + a sin): roll exchanges the halves, the minus is in `rotary`'s sin."""
+    """
+    (a, b) to (a cos - b sin, b cos + a sin): roll exchanges the halves, the minus is in `rotary`'s
+    sin.
+    """
     return torch.addcmul(x * cos.to(x.dtype), x.roll(x.shape[-1] // 2, -1), sin.to(x.dtype))
 
 
@@ -149,7 +165,8 @@ class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.head_dim, self.qk_norm = c.head_dim, c.qk_norm
-        query_size, key_size = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        query_size = c.num_attention_heads * c.head_dim
+        key_size = c.num_key_value_heads * c.head_dim
         self.q_proj = nn.Linear(c.hidden_size, query_size, bias=c.attention_bias)
         self.k_proj = nn.Linear(c.hidden_size, key_size, bias=c.attention_bias)
         self.v_proj = nn.Linear(c.hidden_size, key_size, bias=c.attention_bias)
@@ -160,9 +177,10 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, mask, past, slot=None):
         """
-        x [B, L, D]. past: this layer's keys and values so far. Without `slot` two tuples of earlier passes'
-        parts, which autograd keeps as they are; with it two tensors [B, K, slots, head_dim] that are written
-        in place at `slot` [1]. Gives y [B, L, D] and this pass's keys and values [B, K, L, head_dim].
+        x [B, L, D]. past: this layer's keys and values so far. Without `slot` two tuples of earlier
+        passes' parts, which autograd keeps as they are; with it two tensors [B, K, slots, head_dim]
+        that are written in place at `slot` [1]. Gives y [B, L, D] and this pass's keys and values
+        [B, K, L, head_dim].
         """
         q = rearrange(self.q_proj(x), 'b l (h d) -> b h l d', d=self.head_dim)
         k = rearrange(self.k_proj(x), 'b l (h d) -> b h l d', d=self.head_dim)
@@ -178,7 +196,8 @@ class Attention(nn.Module):
             keys, values = past_keys.index_copy_(2, slot, k), past_values.index_copy_(2, slot, v)
         if mask is None:  # the first pass: no past, so plain causal attention
             y = F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=True)
-        else:  # fused kernels take a mask or grouped queries, not both: the G heads of a key as G queries
+        # fused kernels take a mask or grouped queries, not both: the G heads of a key as G queries
+        else:
             G = q.shape[1] // k.shape[1]
             q = rearrange(q, 'b (k g) l d -> b k (g l) d', g=G)
             y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask.repeat(1, 1, G, 1))
@@ -206,7 +225,10 @@ class Block(nn.Module):
         self.mlp = MLP(c)
 
     def forward(self, x, cos, sin, mask, past, real_slots=None, slot=None):
-        """As Attention's. real_slots [M], where given: only these of the B * L slots go through the MLP."""
+        """
+        As Attention's. real_slots [M], where given: only these of the B * L slots go through the
+        MLP.
+        """
         y, k, v = self.self_attn(self.input_layernorm(x), cos, sin, mask, past, slot)
         x = x + y
         h = self.post_attention_layernorm(x)
@@ -217,7 +239,9 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Holds the weights under OpenGVLab's names; the passes through them are MultiCoCo's `decode`."""
+    """
+    Holds the weights under OpenGVLab's names; the passes through them are MultiCoCo's `decode`.
+    """
 
     def __init__(self, c):
         super().__init__()
@@ -230,35 +254,45 @@ class LanguageModel(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
 
-# --- where a token stands: the only bookkeeping of the latent loop -------------------------------------
-PADDING = 2**30  # the position of an empty slot: greater than that of any token, so that none sees it
+# --- where a token stands: the only bookkeeping of the latent loop --------------------------------
+# the position of an empty slot: greater than that of any token, so that none sees it
+PADDING = 2**30
 
 
 class Layout(NamedTuple):
     slot: torch.Tensor         # int64 [B, T]: the slot of each token, 0 for padding
     ids: torch.Tensor          # int64 [B, S]: the token in each slot
-    position: torch.Tensor     # int64 [B, S]: its position in its row, PADDING where a slot is empty
-    length: torch.Tensor       # int64 [B, n + 1]: tokens of each row in each chunk, 0 without that thought
-    widths: list               # n + 1 ints: slots of each chunk, as many as its longest row has tokens
-    real_slots: list           # n + 1: which of a chunk's B * width slots hold tokens; None where most do
-    image_slots: torch.Tensor  # int64 [P * N]: which of the B * S slots hold <IMG_CONTEXT>, in row order
+    # int64 [B, S]: its position in its row, PADDING where a slot is empty
+    position: torch.Tensor
+    # int64 [B, n + 1]: tokens of each row in each chunk, 0 without that thought
+    length: torch.Tensor
+    # n + 1 ints: slots of each chunk, as many as its longest row has tokens
+    widths: list
+    # n + 1: which of a chunk's B * width slots hold tokens; None where most do
+    real_slots: list
+    # int64 [P * N]: which of the B * S slots hold <IMG_CONTEXT>, in row order
+    image_slots: torch.Tensor
     image_tokens: list         # B ints: <IMG_CONTEXT> tokens of each row
-    targets: tuple             # three int64: row and slot before each supervised token, and that token
+    # three int64: row and slot before each supervised token, and that token
+    targets: tuple
 
 
 def lay_out(input_ids, attention_mask, config, labels=None, device=None):
     """
-    Cuts every row at its own thoughts and gives each token a slot, chunk behind chunk, so that chunk k of all
-    rows is one range of columns. Chunk 0 is a row up to its first thought, chunk k runs from thought k to just
-    before thought k + 1; <|start-latent|> ends as a p, <|end-latent|> begins as an a:
+    Cuts every row at its own thoughts and gives each token a slot, chunk behind chunk, so that
+    chunk k of all rows is one range of columns. Chunk 0 is a row up to its first thought, chunk k
+    runs from thought k to just before thought k + 1; <|start-latent|> ends as a p, <|end-latent|>
+    begins as an a:
 
         row 0:  p p p p p p | t1 | t2 a a a              p prompt or visual token
         row 1:  p p p       | t1 | t2       | t3 a a     t thought    a marker or answer token
         chunk:  0             1    2          3
-        slots:  0 1 2 3 4 5   6    7 8 9 10   11 12 13   (row 1 leaves 3 4 5 and 8 9 10 empty, row 0 11 12 13)
+        slots:  0 1 2 3 4 5   6    7 8 9 10   11 12 13
 
-    Done on the host, where the lengths are needed anyway: all that depends on values is asked here, once.
-    Inputs that are still on the host spare the wait for the device.
+    Row 1 leaves slots 3 4 5 and 8 9 10 empty, row 0 leaves 11 12 13.
+
+    Done on the host, where the lengths are needed anyway: all that depends on values is asked here,
+    once. Inputs that are still on the host spare the wait for the device.
     """
     device = device or input_ids.device
     ids = input_ids.cpu()
@@ -283,7 +317,8 @@ def lay_out(input_ids, attention_mask, config, labels=None, device=None):
     real_slots = []
     for k, width in enumerate(widths.tolist()):
         is_real = torch.arange(width) < length[:, k, None]                      # [B, width]
-        mostly = is_real.float().mean() > 0.9  # then leaving the others out costs more than it saves
+        # then leaving the others out costs more than it saves
+        mostly = is_real.float().mean() > 0.9
         real_slots.append(None if mostly else is_real.flatten().nonzero()[:, 0].to(device))
     targets = ()
     if labels is not None:
@@ -302,37 +337,41 @@ def lay_out(input_ids, attention_mask, config, labels=None, device=None):
 def check_rows(ids, real, config):
     """Raises ValueError for rows that cannot be laid out."""
     if real.shape != ids.shape:
-        raise ValueError(f'attention_mask is {list(real.shape)} where input_ids is {list(ids.shape)}: they '
-                         'must agree')
+        raise ValueError(f'attention_mask is {list(real.shape)} where input_ids is '
+                         f'{list(ids.shape)}: they must agree')
     for b in ((real[:, 1:] > real[:, :-1]).any(1) | ~real[:, 0]).nonzero():
-        raise ValueError(f'row {b.item()} of attention_mask is not 1s followed by 0s: pad on the right')
+        raise ValueError(f'row {b.item()} of attention_mask is not 1s followed by 0s: pad on the '
+                         'right')
     for b in (ids[:, 0] == config.latent_token_id).nonzero():
         raise ValueError(f'row {b.item()} starts with {LATENT}: a thought needs a token before it')
     longest = int(real.sum(1).max())
     if longest > config.max_position_embeddings:
-        raise ValueError(f'a row has {longest} tokens, the model takes {config.max_position_embeddings} at '
-                         'most: shorten it')
+        raise ValueError(f'a row has {longest} tokens, the model takes '
+                         f'{config.max_position_embeddings} at most: shorten it')
 
 
-# --- the whole model ----------------------------------------------------------------------------------
+# --- the whole model ------------------------------------------------------------------------------
 
 class Output(NamedTuple):
-    loss: Optional[torch.Tensor]    # float32 scalar, mean over supervised tokens; None without labels
+    # float32 scalar, mean over supervised tokens; None without labels
+    loss: Optional[torch.Tensor]
     logits: Optional[torch.Tensor]  # [B, T, V]; None with labels
-    thoughts: torch.Tensor          # [B, n, D], the vectors fed back, 0 where a row has fewer than n
+    # [B, n, D], the vectors fed back, 0 where a row has fewer than n
+    thoughts: torch.Tensor
 
 
 class MultiCoCo(nn.Module):
     """
-    `edit_thought(k, thought [B, D]) -> [B, D]` is the loop's one hook: it is called just before thought
-    k = 1, 2, ... is fed back, and what it gives is fed back instead.
+    `edit_thought(k, thought [B, D]) -> [B, D]` is the loop's one hook: it is called just before
+    thought k = 1, 2, ... is fed back, and what it gives is fed back instead.
     """
 
     def __init__(self, config):
         super().__init__()
         c = self.config = config
         self.activation_checkpointing = False
-        self.num_correct = None  # supervised tokens of the latest labelled batch that it would have written
+        # supervised tokens of the latest labelled batch that it would have written
+        self.num_correct = None
         self.vision_model = timm.models.VisionTransformer(
             img_size=c.image_size, patch_size=c.patch_size, embed_dim=c.vision_hidden_size,
             depth=c.vision_num_layers, num_heads=c.vision_num_heads,
@@ -340,14 +379,17 @@ class MultiCoCo(nn.Module):
             norm_layer=partial(nn.LayerNorm, eps=c.vision_layer_norm_eps), final_norm=False,
             num_classes=0, weight_init='skip')
         shuffled = int(c.vision_hidden_size / c.downsample_ratio ** 2)
-        self.mlp1 = nn.Sequential(nn.LayerNorm(shuffled), nn.Linear(shuffled, c.hidden_size), nn.GELU(),
-                                  nn.Linear(c.hidden_size, c.hidden_size))
+        self.mlp1 = nn.Sequential(
+            nn.LayerNorm(shuffled), nn.Linear(shuffled, c.hidden_size), nn.GELU(),
+            nn.Linear(c.hidden_size, c.hidden_size))
         self.language_model = LanguageModel(c)
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
-        """From scratch: logits start near scale 1, and a thought has the scale of an embedding, 0.35."""
+        """
+        From scratch: logits start near scale 1, and a thought has the scale of an embedding, 0.35.
+        """
         c = self.config
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -370,51 +412,68 @@ class MultiCoCo(nn.Module):
         self.vision_model.set_grad_checkpointing(on)
 
     def embed_image(self, pixel_values):
-        """Tiles [P, 3, side, side] on any device, uint8 or normalised float, to visual tokens [P, N, D]."""
+        """
+        Tiles [P, 3, side, side] on any device, uint8 or normalised float, to visual tokens [P, N,
+        D].
+        """
         c, side, weight = self.config, self.config.image_size, self.vision_model.pos_embed
         if pixel_values.shape[1:] != (3, side, side):
-            raise ValueError(f'tiles are {list(pixel_values.shape[1:])}, this model takes [3, {side}, {side}]: '
-                             f'prepare them with image_size={side}')
+            raise ValueError(f'tiles are {list(pixel_values.shape[1:])}, this model takes [3, '
+                             f'{side}, {side}]: prepare them with image_size={side}')
         pixel_values = pixel_values.to(weight.device, non_blocking=True)
         if pixel_values.dtype == torch.uint8:
             mean = torch.tensor(IMAGE_MEAN)[:, None, None].to(weight.device, non_blocking=True)
             std = torch.tensor(IMAGE_STD)[:, None, None].to(weight.device, non_blocking=True)
             pixel_values = pixel_values.float().div_(255).sub_(mean).div_(std)
-        x = self.vision_model.forward_features(pixel_values.to(weight.dtype))   # [P, 1 + patches, C]
+        # [P, 1 + patches, C]
+        x = self.vision_model.forward_features(pixel_values.to(weight.dtype))
         p = round(1 / c.downsample_ratio)
-        shuffle = {'v2': 'b (h p w q) c -> b (h w) (p q c)', 'v1': 'b (h p w q) c -> b (w h) (p q c)'}
+        shuffle = {'v2': 'b (h p w q) c -> b (h w) (p q c)',
+                   'v1': 'b (h p w q) c -> b (w h) (p q c)'}
         x = rearrange(x[:, 1:], shuffle[c.ps_version], h=side // c.patch_size // p, p=p, q=p)
-        return self.mlp1(x)                                                     # from [P, N, C * p * q]
+        # from [P, N, C * p * q]
+        return self.mlp1(x)
 
     def embed_text(self, ids):
         return self.language_model.model.embed_tokens(ids)
 
     def as_pause(self, k, thought):
-        """An `edit_thought`: the learned embedding of <|latent|> instead, so that nothing is fed back."""
+        """
+        An `edit_thought`: the learned embedding of <|latent|> instead, so that nothing is fed back.
+        """
         ids = torch.full(thought.shape[:1], self.config.latent_token_id, device=thought.device)
         return self.embed_text(ids).to(thought.dtype)
 
     def fuse(self, layout, pixel_values=None, num_tiles=None, image_flags=None):
-        """Tokens in slots to embeddings [B, S, D]: visual tokens stand where <IMG_CONTEXT> did, in row order."""
+        """
+        Tokens in slots to embeddings [B, S, D]: visual tokens stand where <IMG_CONTEXT> did, in row
+        order.
+        """
         x, N = self.embed_text(layout.ids), self.config.num_image_tokens
         P = 0 if pixel_values is None else len(pixel_values)
         if image_flags is not None and P:
             keep = image_flags.flatten().to(pixel_values.device).bool()
             if len(keep) != P:
-                raise ValueError(f'image_flags has {len(keep)} entries for {P} tiles: give one a tile')
-            if num_tiles is not None and int(num_tiles.sum()) == P:  # counted before tiles are dropped
+                raise ValueError(f'image_flags has {len(keep)} entries for {P} tiles: give one a '
+                                 'tile')
+            # counted before tiles are dropped
+            if num_tiles is not None and int(num_tiles.sum()) == P:
                 num_tiles = torch.stack([part.sum() for part in keep.split(num_tiles.tolist())])
             pixel_values, P = pixel_values[keep], int(keep.sum())
-        tiles = [count // N for count in layout.image_tokens] if num_tiles is None else num_tiles.tolist()
+        tiles = [count // N for count in layout.image_tokens]
+        if num_tiles is not None:
+            tiles = num_tiles.tolist()
         used = 0
         for b, (count, row_tiles) in enumerate(zip(layout.image_tokens, tiles)):
             used += row_tiles
             if count != row_tiles * N:
-                raise ValueError(f'row {b} holds {count} {IMG_CONTEXT} tokens, but its {row_tiles} tiles give '
-                                 f'{row_tiles * N} visual tokens ({N} a tile): encode text and tiles together')
+                raise ValueError(f'row {b} holds {count} {IMG_CONTEXT} tokens, but its {row_tiles} '
+                                 f'tiles give {row_tiles * N} visual tokens ({N} a tile): encode '
+                                 'text and tiles together')
             if used > P or (used < P and b == len(tiles) - 1):
-                raise ValueError(f'row {b} ends {used} tiles into the batch by its {count} {IMG_CONTEXT} '
-                                 f'tokens, but pixel_values holds {P} tiles: encode text and tiles together')
+                raise ValueError(f'row {b} ends {used} tiles into the batch by its {count} '
+                                 f'{IMG_CONTEXT} tokens, but pixel_values holds {P} tiles: encode '
+                                 'text and tiles together')
         if P:
             visual = self.embed_image(pixel_values).flatten(0, 1).to(x.dtype)   # [P * N, D]
             x = x.flatten(0, 1).index_copy(0, layout.image_slots, visual).view_as(x)
@@ -422,8 +481,9 @@ class MultiCoCo(nn.Module):
 
     def decode(self, x, position, mask, cache, real_slots=None, slot=None):
         """
-        One pass through the decoder: x [B, L, D] at position [B, L] to hidden states after the final norm
-        [B, L, D]. cache: (keys, values) of each layer as Attention takes them; this pass's are added to it.
+        One pass through the decoder: x [B, L, D] at position [B, L] to hidden states after the
+        final norm [B, L, D]. cache: (keys, values) of each layer as Attention takes them; this
+        pass's are added to it.
         """
         cos, sin = rotary(position, self.config.head_dim, self.config.rope_theta)
         for i, layer in enumerate(self.language_model.model.layers):
@@ -440,8 +500,9 @@ class MultiCoCo(nn.Module):
 
     def think(self, x, layout, edit_thought=None):
         """
-        The latent loop over fused embeddings x [B, S, D]: n + 1 passes, one a chunk (see `lay_out`). Gives
-        hidden states [B, S, D], thoughts [B, n, D], and the cache: tuples of keys and values of each layer.
+        The latent loop over fused embeddings x [B, S, D]: n + 1 passes, one a chunk (see
+        `lay_out`). Gives hidden states [B, S, D], thoughts [B, n, D], and the cache: tuples of keys
+        and values of each layer.
         """
         rows = torch.arange(len(x), device=x.device)
         cache = [((), ()) for _ in self.language_model.model.layers]
@@ -465,14 +526,14 @@ class MultiCoCo(nn.Module):
         thoughts = torch.stack(thoughts, 1) if thoughts else x[:, :0]
         return torch.cat(hidden, 1), thoughts, cache
 
-    def forward(self, input_ids, pixel_values=None, attention_mask=None, labels=None, num_tiles=None,
-                image_flags=None, edit_thought=None):
+    def forward(self, input_ids, pixel_values=None, attention_mask=None, labels=None,
+                num_tiles=None, image_flags=None, edit_thought=None):
         """
-        input_ids       int64 [B, T], right-padded; a <|latent|> anywhere but first is a thought. Best left on
-                        the host, as are all others: what is needed on the device goes there
-        pixel_values    uint8 or normalised float [P, 3, side, side]: the tiles of all rows in row order
+        input_ids       int64 [B, T], right-padded; a <|latent|> anywhere but first is a thought.
+                        Best left on the host, as are all others: what the device needs goes there
+        pixel_values    uint8 or normalised float [P, 3, side, side]: all rows' tiles in row order
         attention_mask  [B, T], 1 for a token; None for no padding
-        labels          int64 [B, T], -100 where unsupervised; only supervised positions go through the head
+        labels          int64 [B, T], -100 where unsupervised; only the others go through the head
         num_tiles       int64 [B], tiles of each row, for the check per row
         image_flags     [P], tiles flagged 0 are dropped before the ViT
         edit_thought    see above
@@ -487,8 +548,8 @@ class MultiCoCo(nn.Module):
             return Output(None, head(hidden[rows, layout.slot]), thoughts)
         row, slot, target = layout.targets
         if not len(row):
-            raise ValueError('labels supervise no token of this batch: every row needs a target behind its '
-                             'prompt')
+            raise ValueError('labels supervise no token of this batch: every row needs a target '
+                             'behind its prompt')
         logits = head(hidden[row, slot])                                        # [M, V]
         self.num_correct = (logits.detach().argmax(-1) == target).sum()
         return Output(F.cross_entropy(logits.float(), target), None, thoughts)
@@ -498,20 +559,23 @@ class MultiCoCo(nn.Module):
                  temperature=0.0, top_p=1.0, num_tiles=None, image_flags=None, edit_thought=None,
                  generator=None):
         """
-        New tokens int64 [B, <= max_new_tokens], each row up to and with its end token, then padding. Greedy at
-        temperature 0. Thoughts of the prompt run through the same loop as in training. A <|latent|> that the
-        model writes itself is fed the last hidden state too; edit_thought is called for each new token, with
-        k = n + its place among them, since which rows wrote one is known on the device alone.
+        New tokens int64 [B, <= max_new_tokens], each row up to and with its end token, then
+        padding. Greedy at temperature 0. Thoughts of the prompt run through the same loop as in
+        training. A <|latent|> that the model writes itself is fed the last hidden state too;
+        edit_thought is called for each new token, with k = n + its place among them, since which
+        rows wrote one is known on the device alone.
         """
         if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
-            raise ValueError(f'temperature={temperature}, top_p={top_p}, max_new_tokens={max_new_tokens}: '
-                             'expected temperature >= 0, 0 < top_p <= 1 and max_new_tokens >= 1')
+            raise ValueError(f'temperature={temperature}, top_p={top_p}, '
+                             f'max_new_tokens={max_new_tokens}: expected temperature >= 0, 0 < '
+                             'top_p <= 1 and max_new_tokens >= 1')
         c, head = self.config, self.language_model.lm_head.weight
         layout = lay_out(input_ids, attention_mask, c, None, head.device)
         length, (B, S) = layout.length.sum(1), layout.ids.shape
         if int(length.max()) + max_new_tokens > c.max_position_embeddings:
-            raise ValueError(f'{int(length.max())} prompt tokens and {max_new_tokens} new ones exceed the '
-                             f'model\'s {c.max_position_embeddings}: lower max_new_tokens or shorten the prompt')
+            raise ValueError(f'{int(length.max())} prompt tokens and {max_new_tokens} new ones '
+                             f'exceed the model\'s {c.max_position_embeddings}: lower '
+                             'max_new_tokens or shorten the prompt')
         x = self.fuse(layout, pixel_values, num_tiles, image_flags)
         hidden, thoughts, cache = self.think(x, layout, edit_thought)
         n = thoughts.shape[1]
@@ -544,7 +608,8 @@ class MultiCoCo(nn.Module):
                     break
                 if 2 * len(running) <= len(done) and edit_thought is None and not compiled:
                     rows, token, last = rows[running], token[running], last[running]
-                    position, key_position, done = position[running], key_position[running], done[running]
+                    position, key_position = position[running], key_position[running]
+                    done = done[running]
                     cache = [(keys[running], values[running]) for keys, values in cache]
             thought = last if edit_thought is None else edit_thought(n + i + 1, last)
             is_thought = (token == c.latent_token_id)[:, None]
@@ -557,17 +622,19 @@ class MultiCoCo(nn.Module):
 
     def step(self, x, position, mask, cache, slot):
         """
-        One token a row, x [B, D] at position [B] to its hidden state [B, D]. Shapes stay the same from token
-        to token: `model.step = torch.compile(model.step, dynamic=False)` makes generate use it compiled.
+        One token a row, x [B, D] at position [B] to its hidden state [B, D]. Shapes stay the same
+        from token to token: `model.step = torch.compile(model.step, dynamic=False)` makes generate
+        use it compiled.
         """
         return self.decode(x[:, None], position[:, None], mask, cache, slot=slot)[:, 0]
 
     @classmethod
     def from_pretrained(cls, name_or_path, dtype=torch.float32):
         """
-        InternVL from a hub id or a local folder: OpenGVLab's layout or the -hf one, one file or sharded,
-        safetensors only. The rows of tokens that `load_tokenizer` adds are the mean of the rows that were
-        there. Memory peaks near the size of the weights. Raises OSError or ValueError in one sentence.
+        InternVL from a hub id or a local folder: OpenGVLab's layout or the -hf one, one file or
+        sharded, safetensors only. The rows of tokens that `load_tokenizer` adds are the mean of the
+        rows that were there. Memory peaks near the size of the weights. Raises OSError or
+        ValueError in one sentence.
         """
         config, weights, found = read_pretrained(name_or_path, dtype)
         with torch.device('meta'):
@@ -581,7 +648,9 @@ class MultiCoCo(nn.Module):
 
 
 def sample(logits, temperature, top_p, generator=None):
-    """float32 [B, V] to int64 [B]: the likeliest token at temperature 0, else one of the top_p mass."""
+    """
+    float32 [B, V] to int64 [B]: the likeliest token at temperature 0, else one of the top_p mass.
+    """
     if temperature == 0:
         return logits.argmax(-1)
     p, token = (logits / temperature).softmax(-1).sort(-1, descending=True)
@@ -589,10 +658,11 @@ def sample(logits, temperature, top_p, generator=None):
     return token.gather(-1, torch.multinomial(p, 1, generator=generator))[:, 0]
 
 
-# --- InternVL's files ---------------------------------------------------------------------------------
+# --- InternVL's files -----------------------------------------------------------------------------
 EMBEDDING, HEAD = 'language_model.model.embed_tokens.weight', 'language_model.lm_head.weight'
 SUPPORTED = 'InternVL2.5 1B and 4B, InternVL3 1B, 2B, 8B and 14B, and InternVL3.5 with Qwen3 are'
-RENAMED = (  # a file's name -> ours: OpenGVLab's, the -hf files', and those that transformers has in memory
+# a file's name -> ours: OpenGVLab's, the -hf files', and those that transformers has in memory
+RENAMED = (
     (r'^vision_model\.embeddings\.class_embedding$', 'vision_model.cls_token'),
     (r'^vision_model\.embeddings\.position_embedding$', 'vision_model.pos_embed'),
     (r'^vision_model\.embeddings\.patch_embedding\.', 'vision_model.patch_embed.proj.'),
@@ -603,7 +673,8 @@ RENAMED = (  # a file's name -> ours: OpenGVLab's, the -hf files', and those tha
     (r'^lm_head\.', 'language_model.lm_head.'),
     (r'^vision_tower\.embeddings\.cls_token$', 'vision_model.cls_token'),
     (r'^vision_tower\.embeddings\.position_embeddings$', 'vision_model.pos_embed'),
-    (r'^vision_tower\.embeddings\.patch_embeddings\.projection\.', 'vision_model.patch_embed.proj.'),
+    (r'^vision_tower\.embeddings\.patch_embeddings\.projection\.',
+     'vision_model.patch_embed.proj.'),
     (r'^vision_tower\.encoder\.layer\.(\d+)\.lambda_([12])$', r'vision_model.blocks.\1.ls\2.gamma'),
     (r'^vision_tower\.encoder\.layer\.', 'vision_model.blocks.'),
     (r'(^vision_model\.blocks\.\d+\.)layernorm_before\.', r'\1norm1.'),
@@ -613,11 +684,13 @@ RENAMED = (  # a file's name -> ours: OpenGVLab's, the -hf files', and those tha
     (r'^multi_modal_projector\.layer_norm\.', 'mlp1.0.'),
     (r'^multi_modal_projector\.linear_1\.', 'mlp1.1.'),
     (r'^multi_modal_projector\.linear_2\.', 'mlp1.3.'))
-COMPUTED = re.compile(r'.+\.rotary_emb\.inv_freq|.+\.position_ids')  # buffers that some scripts save
+# buffers that some scripts save
+COMPUTED = re.compile(r'.+\.rotary_emb\.inv_freq|.+\.position_ids')
 EXPECTED = (  # values of config.json that this code computes with; the first is what silence means
     ('text', 'model_type', ('', 'qwen2', 'qwen3')), ('text', 'hidden_act', ('silu',)),
     ('text', 'partial_rotary_factor', (1.0,)),
-    ('', 'quantization_config', (None,)), ('', 'use_llm_lora', (0,)), ('', 'use_backbone_lora', (0,)),
+    ('', 'quantization_config', (None,)),
+    ('', 'use_llm_lora', (0,)), ('', 'use_backbone_lora', (0,)),
     ('', 'projector_hidden_act', ('gelu',)), ('', 'select_layer', (-1,)),
     ('', 'vision_feature_layer', (-1,)), ('', 'vision_feature_select_strategy', ('default',)),
     ('', 'ps_version', (None, 'v1', 'v2')),
@@ -629,7 +702,10 @@ NEEDED = ('hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attentio
 
 
 def fetch(name_or_path):
-    """A local folder as it is; a hub id's files from the hub's cache, or from the hub if not all are there."""
+    """
+    A local folder as it is; a hub id's files from the hub's cache, or from the hub if not all are
+    there.
+    """
     if os.path.isdir(name_or_path):
         return name_or_path
     if os.path.exists(name_or_path) or not re.fullmatch(r'[\w.-]+/[\w.-]+', name_or_path):
@@ -646,8 +722,8 @@ def fetch(name_or_path):
         return snapshot_download(name_or_path, **wanted)
     except (OSError, ValueError, RuntimeError) as error:  # offline, no such repository, no access
         raise OSError(f'{name_or_path} is not in the local cache and the hub could not be reached '
-                      f'({type(error).__name__}): give a local folder of the checkpoint, or train the '
-                      'built-in data set with config/toy.py') from None
+                      f'({type(error).__name__}): give a local folder of the checkpoint, or train '
+                      'the built-in data set with config/toy.py') from None
 
 
 def read_json(path):
@@ -662,31 +738,34 @@ def weight_files(folder):
     """A checkpoint folder's tensors: name -> (safetensors file, shape)."""
     files = os.listdir(folder)
     if 'config.json' not in files and 'adapter_config.json' in files:
-        raise FileNotFoundError(f'{folder} holds a LoRA adapter alone (adapter_config.json): merge it into '
-                                'its base model and give the folder of the result')
+        raise FileNotFoundError(f'{folder} holds a LoRA adapter alone (adapter_config.json): merge '
+                                'it into its base model and give the folder of the result')
     if 'config.json' not in files:
-        raise FileNotFoundError(f'{folder} holds no config.json: give the folder of a whole checkpoint')
+        raise FileNotFoundError(f'{folder} holds no config.json: give the folder of a whole '
+                                'checkpoint')
     if 'model.safetensors' in files:  # an index beside it is left from before, as in transformers
         names = ['model.safetensors']
     elif 'model.safetensors.index.json' in files:
         index = read_json(os.path.join(folder, 'model.safetensors.index.json'))
         names = sorted(set(index['weight_map'].values()))
     else:
-        raise FileNotFoundError(f'{folder} holds no model.safetensors and no model.safetensors.index.json: '
-                                'only safetensors are read, so convert .bin files first')
+        raise FileNotFoundError(f'{folder} holds no model.safetensors and no '
+                                'model.safetensors.index.json: only safetensors are read, so '
+                                'convert .bin files first')
     found = {}
     for name in names:
         path = os.path.join(folder, name)
         if name not in files:
-            raise FileNotFoundError(f'{folder} lacks {name}, which its index names: download it again')
+            raise FileNotFoundError(f'{folder} lacks {name}, which its index names: download it '
+                                    'again')
         try:
             with safe_open(path, 'pt') as file:
                 found.update((key, (path, file.get_slice(key).get_shape())) for key in file.keys())
         except SafetensorError as error:
             with open(path, 'rb') as f:
                 if f.read(40).startswith(b'version https://git-lfs'):
-                    raise ValueError(f"{path} is only git-lfs's pointer to the file: run git lfs pull"
-                                     ) from None
+                    raise ValueError(f"{path} is only git-lfs's pointer to the file: run git lfs "
+                                     'pull') from None
             raise ValueError(f'{path} is damaged ({error}): download it again') from None
     return found
 
@@ -698,7 +777,10 @@ def our_name(name):
 
 
 def to_our_names(tensors, source):
-    """Pairs of a file's tensor name and tensor -> {our name: tensor}, q, k and v of the vision tower joined."""
+    """
+    Pairs of a file's tensor name and tensor -> {our name: tensor}, q, k and v of the vision tower
+    joined.
+    """
     weights, parts = {}, {}
     for name, tensor in tensors:
         ours = our_name(name)
@@ -709,14 +791,16 @@ def to_our_names(tensors, source):
             weights[ours] = tensor
     for name, found in parts.items():
         if len(found) < 3:
-            raise ValueError(f'{source}: of {name} only {", ".join(sorted(found))} is there, expected q, k '
-                             'and v')
+            raise ValueError(f'{source}: of {name} only {", ".join(sorted(found))} is there, '
+                             'expected q, k and v')
         weights[name] = torch.cat((found['q'], found['k'], found['v']))
     return weights
 
 
 def refuse(c, text, vision, source):
-    """Raises ValueError for the first value of config.json that this code would compute otherwise."""
+    """
+    Raises ValueError for the first value of config.json that this code would compute otherwise.
+    """
     parts = {'': c, 'text': text, 'vision': vision}
     reasons = []
     for part, key, allowed in EXPECTED:
@@ -740,7 +824,8 @@ def refuse(c, text, vision, source):
     if not reasons and text.get('use_sliding_window') and text.get('sliding_window'):
         layers = text.get('layer_types') or ['sliding_attention'] * (
             text['num_hidden_layers'] > text.get('max_window_layers', 28))
-        if 'sliding_attention' in layers and text['sliding_window'] < text['max_position_embeddings']:
+        longest = text['max_position_embeddings']
+        if 'sliding_attention' in layers and text['sliding_window'] < longest:
             reasons.append(f'its decoder sees a sliding_window of {text["sliding_window"]} tokens')
     if text.get('model_type') == 'qwen3' and text.get('attention_bias'):
         reasons.append('its decoder has attention_bias')
@@ -755,8 +840,9 @@ def refuse(c, text, vision, source):
 
 def read_config(c, embedding, tokenizer, source):
     """
-    config.json's dict as a Config: every value that changes the result is honoured here, or refused by name.
-    embedding: shape of the embedding. Some copies carry a wrong llm_config beside a right text_config.
+    config.json's dict as a Config: every value that changes the result is honoured here, or refused
+    by name. embedding: shape of the embedding. Some copies carry a wrong llm_config beside a right
+    text_config.
     """
     texts = [c[key] for key in ('llm_config', 'text_config') if c.get(key)]
     fit = [t for t in texts if [t.get('vocab_size'), t.get('hidden_size')] == embedding]
@@ -765,8 +851,8 @@ def read_config(c, embedding, tokenizer, source):
         refuse(c, text, vision, source)
     if not fit:
         described = [[t.get('vocab_size'), t.get('hidden_size')] for t in texts]
-        raise ValueError(f'{source}: embed_tokens is {embedding or "missing"}, but config.json describes '
-                         f'{described} [vocab_size, hidden_size]')
+        raise ValueError(f'{source}: embed_tokens is {embedding or "missing"}, but config.json '
+                         f'describes {described} [vocab_size, hidden_size]')
 
     def side(key, default):
         value = vision.get(key, default)
@@ -793,16 +879,20 @@ def read_config(c, embedding, tokenizer, source):
         rope_theta=float(rope.get('rope_theta') or text.get('rope_theta') or 1e4),
         max_position_embeddings=longest, vision_hidden_size=vision['hidden_size'],
         vision_intermediate_size=vision['intermediate_size'],
-        vision_num_layers=vision['num_hidden_layers'], vision_num_heads=vision['num_attention_heads'],
+        vision_num_layers=vision['num_hidden_layers'],
+        vision_num_heads=vision['num_attention_heads'],
         vision_layer_norm_eps=vision.get('layer_norm_eps', 1e-6), patch_size=side('patch_size', 14),
         image_size=c.get('force_image_size') or side('image_size', 448),
         downsample_ratio=c.get('downsample_ratio', 0.5), ps_version=shuffle,
         image_token_id=token(IMG_CONTEXT), latent_token_id=token(LATENT),
-        eos_token_ids=(token('<|im_end|>'), token('<|endoftext|>')), pad_token_id=token('<|endoftext|>'))
+        eos_token_ids=(token('<|im_end|>'), token('<|endoftext|>')),
+        pad_token_id=token('<|endoftext|>'))
 
 
 def read_pretrained(name_or_path, dtype):
-    """A hub id's or folder's (Config, weights under our names, how many tensors in how many files)."""
+    """
+    A hub id's or folder's (Config, weights under our names, how many tensors in how many files).
+    """
     folder = fetch(name_or_path)
     files = weight_files(folder)
     stored = [name for name in files if not COMPUTED.fullmatch(name)]
@@ -810,20 +900,23 @@ def read_pretrained(name_or_path, dtype):
     tokenizer = read_tokenizer(folder)
     old_ids = set(tokenizer.get_vocab().values())
     new_ids = set(add_special_tokens(tokenizer).get_vocab().values()) - old_ids
-    embedding = next((shape for name, (_, shape) in files.items() if our_name(name) == EMBEDDING), None)
+    shapes = {our_name(name): shape for name, (_, shape) in files.items()}
+    embedding = shapes.get(EMBEDDING)
     config = read_config(c, embedding, tokenizer, name_or_path)
 
     def tensors():
         for name in stored:
-            with safe_open(files[name][0], 'pt') as file:  # anew for each: closing lets go of what was read
+            # anew for each: closing lets go of what was read
+            with safe_open(files[name][0], 'pt') as file:
                 tensor = file.get_tensor(name)
                 if our_name(name) in (EMBEDDING, HEAD):
                     tensor = with_new_rows(tensor, old_ids, new_ids, config.vocab_size)
                 yield name, tensor.to(dtype, copy=True)
 
     weights = to_our_names(tensors(), name_or_path)
-    # as in transformers 5: a head of its own is used, whatever the config says; where the files hold none
-    # the top level decides whether it is tied, else the text config, else the class's own default
+    # as in transformers 5: a head of its own is used, whatever the config says; where the files
+    # hold none the top level decides whether it is tied, else the text config, else the class's own
+    # default
     text = c.get('text_config') or c.get('llm_config')
     tied = c.get('tie_word_embeddings')
     if tied is None:
@@ -835,20 +928,22 @@ def read_pretrained(name_or_path, dtype):
     config.tie_word_embeddings = bool(tied)
     left_out = len(files) - len(stored)
     return config, weights, (
-        f'{len(stored)} tensors in {len({path for path, _ in files.values()})} file(s), all used, none missing'
+        f'{len(stored)} tensors in {len({path for path, _ in files.values()})} file(s), all used, '
+        'none missing'
         + (f', {left_out} computed buffers left out' if left_out else '')
         + f'; {config.vocab_size - embedding[0]} rows added')
 
 
 def with_new_rows(matrix, old_ids, new_ids, rows):
     """
-    Embedding or head [V, D] with `rows` rows: those of new_ids, and all beyond V, are the mean of those of
-    old_ids. Spare rows that no token uses stay as they are.
+    Embedding or head [V, D] with `rows` rows: those of new_ids, and all beyond V, are the mean of
+    those of old_ids. Spare rows that no token uses stay as they are.
     """
     is_old = torch.zeros(len(matrix), dtype=torch.bool)
     is_old[[i for i in old_ids if i < len(matrix)]] = True
     total = 0
-    for part, old in zip(matrix.split(8192), is_old.split(8192)):  # float32 copies of a few rows at a time
+    # float32 copies of a few rows at a time
+    for part, old in zip(matrix.split(8192), is_old.split(8192)):
         total = total + part[old].float().sum(0)
     mean = (total / is_old.sum()).to(matrix.dtype)
     grown = matrix.new_empty(rows, matrix.shape[1])
@@ -865,7 +960,8 @@ def fill_with(model, weights, source, assign=False):
     wrong += [f'{name} is not known here' for name in weights if name not in wanted]
     for name in wanted.keys() & weights.keys():
         if weights[name].shape != wanted[name].shape:
-            wrong.append(f'{name} is {list(weights[name].shape)}, expected {list(wanted[name].shape)}')
+            wrong.append(f'{name} is {list(weights[name].shape)}, expected '
+                         f'{list(wanted[name].shape)}')
     if wrong:
         raise ValueError(f'{source} does not fit this model, {len(wrong)} tensors differ: '
                          f'{"; ".join(wrong[:3])}')
@@ -874,8 +970,8 @@ def fill_with(model, weights, source, assign=False):
 
 def load_checkpoint(path):
     """
-    Model (float32, evaluation mode), tokenizer, and what else the file held: of a .pt of train.py, or of a
-    checkpoint folder or hub id, which hold nothing else.
+    Model (float32, evaluation mode), tokenizer, and what else the file held: of a .pt of train.py,
+    or of a checkpoint folder or hub id, which hold nothing else.
     """
     if not path.endswith('.pt'):
         return MultiCoCo.from_pretrained(path), load_tokenizer(path), {}
@@ -894,12 +990,14 @@ def load_checkpoint(path):
 def read_checkpoint(path):
     """The dict that train.py wrote to a .pt; no pickled code is run."""
     if not os.path.isfile(path):
-        raise FileNotFoundError(f'no checkpoint at {path}: train one first, or give the path of a .pt file')
+        raise FileNotFoundError(f'no checkpoint at {path}: train one first, or give the path of a '
+                                '.pt file')
     try:
         saved = torch.load(path, map_location='cpu', weights_only=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        raise ValueError(f'{path} is not a whole checkpoint ({type(error).__name__}): it is cut off, or no '
-                         'checkpoint at all; use another one') from None
+        raise ValueError(f'{path} is not a whole checkpoint ({type(error).__name__}): it is cut '
+                         'off, or no checkpoint at all; use another one') from None
     if not isinstance(saved, dict) or not {'model', 'config', 'tokenizer', 'knobs'} <= saved.keys():
-        raise ValueError(f'{path} is no checkpoint of train.py: it lacks model, config, tokenizer or knobs')
+        raise ValueError(f'{path} is no checkpoint of train.py: it lacks model, config, tokenizer '
+                         'or knobs')
     return saved

@@ -1,6 +1,6 @@
 """
-From a data set to a batch, and from a text back to an answer. As a command it prepares a folder; as a
-module it turns a row of that folder into model inputs.
+From a data set to a batch, and from a text back to an answer. As a command it prepares a folder; as
+a module it turns a row of that folder into model inputs.
 
     python prepare.py                                              A-OKVQA from the hub
     python prepare.py --dataset=mine_train.jsonl --data_dir=data/mine            rows of one's own
@@ -8,10 +8,10 @@ module it turns a row of that folder into model inputs.
     python prepare.py config/toy.py                                the built-in data set, drawn here
 
 A prepared folder holds {split}.jsonl, images/{split}/, cache/tiles/{split}/ and, with
-init_from='scratch', tokenizer/. A row has the fields of Coconut's files, question, steps, answer, and
-where there are, image, choices, correct_choice_idx, question_id. What is not used, converted or dropped
-is said with its number. Sources: Coconut's public data code, A-OKVQA's, InternVL's dynamic tiling as
-transformers' GotOcr2ImageProcessorPil does it, VQA's normalisation of answers.
+init_from='scratch', tokenizer/. A row has the fields of Coconut's files, question, steps, answer,
+and where there are, image, choices, correct_choice_idx, question_id. What is not used, converted or
+dropped is said with its number. Sources: Coconut's public data code, A-OKVQA's, InternVL's dynamic
+tiling as transformers' GotOcr2ImageProcessorPil does it, VQA's normalisation of answers.
 """
 import ast
 import contextlib
@@ -43,10 +43,10 @@ from model import END_IMG, END_LATENT, IMG, IMG_CONTEXT, LATENT, SPECIAL_TOKENS,
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
 
 # --- knobs of the command -------------------------------------------------------------------------
-dataset = 'HuggingFaceM4/A-OKVQA'  # hub id, folder of parquet, .jsonl, .json; 'toy', 'prosqa' to draw
+dataset = 'HuggingFaceM4/A-OKVQA'  # hub id, parquet folder, .jsonl, .json; 'toy', 'prosqa' draw
 data_dir = 'data/aokvqa'           # the prepared folder
-init_from = 'OpenGVLab/InternVL3-1B-Pretrained'  # what to train; 'scratch' trains a tokenizer as well
-steps_from = 'first'               # of rationales 'first': it, cut into steps; 'all': each is a step
+init_from = 'OpenGVLab/InternVL3-1B-Pretrained'  # or 'scratch': a tokenizer is trained
+steps_from = 'first'               # 'first' rationale, cut into steps, or 'all', each a step
 max_latent_stage = 4               # a rationale of one sentence is cut into so many spans of words
 image_size = 448                   # side of a tile in pixels
 max_tiles = 8                      # without the thumbnail
@@ -67,17 +67,17 @@ answer = ANSWER
 # --- text -----------------------------------------------------------------------------------------
 LETTERS = 'ABCDEFGH'
 MODES = ('coconut', 'cot', 'no_cot', 'pause', 'no_thoughts')
-SYSTEM = ('你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的'
-          '多模态大语言模型。')
+SYSTEM = ('你是书生·万象，英文名是InternVL，是由上海人工智能实验室、'
+          '清华大学及多家合作单位联合开发的多模态大语言模型。')
 SEEING = re.compile(
     r'\b(see|sees|seen|look|looks|looking|visible|image|picture|photo|shown|shows)\b', re.I)
 
 
 def fill(template, row):
     """
-    A prompt or answer template with the row's fields. Without an image or choices, what speaks of them
-    is left out: of a prompt the paragraph with {choices}, or the line where {question} is in that too;
-    of an answer all but {answer}.
+    A prompt or answer template with the row's fields. Without an image or choices, what speaks of
+    them is left out: of a prompt the paragraph with {choices}, or the line where {question} is in
+    that too; of an answer all but {answer}.
     """
     choices = [choice.strip() for choice in row.get('choices') or []]
     if not choices:
@@ -105,8 +105,8 @@ def fill(template, row):
 def build_text(row, stage, mode='coconut', c_thought=2, max_latent_stage=4, pad_latent_to_max=True,
                prompt=PROMPT, answer=ANSWER, template='plain', visual_bridge=False):
     """
-    One row at one stage: (prompt, number of thoughts, target). Training, evaluation and sample.py all
-    come through here.
+    One row at one stage: (prompt, number of thoughts, target). Training, evaluation and sample.py
+    all come through here.
 
         mode          steps hidden            thoughts
         coconut       the first `stage`       c_thought * stage
@@ -116,12 +116,12 @@ def build_text(row, stage, mode='coconut', c_thought=2, max_latent_stage=4, pad_
         no_cot        all                     0
 
     A stage beyond max_latent_stage hides all steps behind the thoughts of max_latent_stage. Without
-    pad_latent_to_max a row has no more thoughts than its steps ask for; a row that has no steps has the
-    stage's full number, like a question whose steps nobody knows. Stage 0 has no thoughts.
+    pad_latent_to_max a row has no more thoughts than its steps ask for; a row that has no steps has
+    the stage's full number, like a question whose steps nobody knows. Stage 0 has no thoughts.
     """
     if mode not in MODES or template not in ('plain', 'chatml'):
-        raise ValueError(f'mode={mode!r}, template={template!r}: expected one of {", ".join(MODES)}; '
-                         'plain or chatml')
+        raise ValueError(f'mode={mode!r}, template={template!r}: expected one of '
+                         f'{", ".join(MODES)}; plain or chatml')
     steps = list(row.get('steps') or ())
     if mode == 'cot':
         stage = 0
@@ -150,8 +150,8 @@ def build_text(row, stage, mode='coconut', c_thought=2, max_latent_stage=4, pad_
 def encode(row, tokenizer, stage, tiles=None, supervised=True, max_length=2560,
            num_image_tokens=256, **text):
     """
-    One row's model inputs: {input_ids: list, labels: list or None, pixel_values: uint8 [P, 3, S, S] or
-    None}.
+    One row's model inputs: {input_ids: list, labels: list or None, pixel_values: uint8 [P, 3, S, S]
+    or None}.
 
     tiles             uint8 [P, 3, S, S], the row's image as `tile_image` gives it, or None
     supervised        False leaves out steps and answer, for generation: labels is None
@@ -170,8 +170,8 @@ def encode(row, tokenizer, stage, tiles=None, supervised=True, max_length=2560,
                          f'{visual // num_image_tokens} tiles give {visual}: the prompt needs one '
                          '<image> an image')
     if ids.count(latent):
-        raise ValueError(f'row {name} holds {LATENT} in its own text: remove it from the question and '
-                         'choices')
+        raise ValueError(f'row {name} holds {LATENT} in its own text: remove it from the question '
+                         'and choices')
     if thoughts:
         start, end = tokenizer.convert_tokens_to_ids([START_LATENT, END_LATENT])
         ids = [*ids, start, *[latent] * thoughts, end]
@@ -183,8 +183,8 @@ def encode(row, tokenizer, stage, tiles=None, supervised=True, max_length=2560,
         labels = [-100] * len(ids) + goal
         ids = ids + goal
     if len(ids) > max_length:
-        raise ValueError(f'row {name} needs {len(ids)} tokens ({visual} visual, {thoughts} thoughts), '
-                         f'max_length is {max_length}')
+        raise ValueError(f'row {name} needs {len(ids)} tokens ({visual} visual, {thoughts} '
+                         f'thoughts), max_length is {max_length}')
     return dict(input_ids=ids, labels=labels, pixel_values=tiles)
 
 
@@ -226,8 +226,8 @@ def micro_batches(batch, rows):
 
 def batches(rows, groups, num_workers=0, pin_memory=False):
     """
-    Batches of `rows`, a data set, in host memory; `groups` is a list of lists of row numbers: workers
-    decide nothing but time.
+    Batches of `rows`, a data set, in host memory; `groups` is a list of lists of row numbers:
+    workers decide nothing but time.
     """
     loader = torch.utils.data.DataLoader(
         rows, batch_sampler=groups, collate_fn=collate, num_workers=num_workers,
@@ -244,7 +244,9 @@ def batches(rows, groups, num_workers=0, pin_memory=False):
 
 
 def leave_signals_to_the_parent(worker):
-    """Ctrl-C, or a cluster, signals every process; the parent needs its workers until it has saved."""
+    """
+    Ctrl-C, or a cluster, signals every process; the parent needs its workers until it has saved.
+    """
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)
 
@@ -253,10 +255,12 @@ def leave_signals_to_the_parent(worker):
 # words before an answer, in the languages that models were seen to answer in
 ANSWER_IS = (r'(?:\b(?:answers?|antwort|réponse|respuesta|risposta|resposta|ответ)\b'
              r'|الإجابة|الجواب|答案|答え|回答|正解|정답)')
-CHOOSING = (r'(?:\b(?:option|choice|it is|it\'s|(?:would|must|should) be|say|choose|pick|select|guess'
+CHOOSING = (r'(?:\b(?:option|choice|it is|it\'s|(?:would|must|should) '
+            r'be|say|choose|pick|select|guess'
             r'|go with)\b|选[择项]?|選)')
-LINK = (r'(?:[\s:=–—"\'(\[{<]+|-(?!\d)|\b(?:is|are|would|should|must|be|option|choice|letter|clearly'
-        r'|probably|likely|most|therefore|thus|the|ist|die|est|la|le|es|è|é)\b|是|为|為|は|应该|选项)*')
+LINK = (r'(?:[\s:=–—"\'(\[{<]+|-(?!\d)|\b(?:is|are|would|should|must|be|option|choice|letter'
+        r'|clearly|probably|likely|most|therefore|thus|the|ist|die|est|la|le|es|è|é)\b'
+        r'|是|为|為|は|应该|选项)*')
 RIGHT = re.compile(r'\s+(?:is|was|would be|must be|seems)\s+(?:(?:the|most|probably|clearly)\s+)*'
                    r'(?:correct|right|best|answer|likely)\b', re.I)
 WRONG = re.compile(r'\W*(?:is|was|are|seems)(?:\s+(?:\w+\s+)?(?:not|wrong|incorrect|false)\b|n\'t)',
@@ -269,6 +273,7 @@ ARTICLE = re.compile(r'(?:an?|the)\s+', re.I)
 LETTER = re.compile(r"([A-Ha-h])(?![\w+#]|[&'.-]\w)")
 LETTERED = re.compile(r'[A-H](?:[).:,\]|"\'>]|\s*$|\s+-\s|\s+(?:because|since|as)\b)'
                       r'|[a-h](?:[).:](?=\s|$)|\s*$)', re.M)
+BULLET = re.compile(r'[\s"\'(\[{<>#„•]*(?:\d+[.)]\s+(?=[A-H]\b))?(?:-(?!\d)\s*)?')
 UNSPACED = re.compile('[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]')  # Thai, kana, Han: no word ends
 FUNCTION_WORDS = {'yes', 'no', 'none', 'both', 'all', 'neither', 'either', 'not', 'true', 'false'}
 
@@ -390,7 +395,7 @@ class Answer:
         """The options that lines begin with by letter, and those that whole lines name."""
         lettered, named, place = [], [], 0
         for line in self.text.split('\n'):
-            start = place + re.match(r'[\s"\'(\[{<>#„•]*(?:\d+[.)]\s+(?=[A-H]\b))?(?:-(?!\d)\s*)?', line).end()
+            start = place + BULLET.match(line).end()
             place += len(line) + 1
             said = self.said_at(start)
             if not said:
@@ -479,8 +484,8 @@ NUMBERS = ('none zero one two three four five six seven eight nine ten').split()
 
 def normalised(text):
     """
-    A free answer as VQA's evaluation compares them: case, articles, punctuation and number words do not
-    count. Unlike there a minus before a digit stays, and 'none' is no number.
+    A free answer as VQA's evaluation compares them: case, articles, punctuation and number words do
+    not count. Unlike there a minus before a digit stays, and 'none' is no number.
     """
     text = unicodedata.normalize('NFKC', text).lower().replace('’', "'")
     text = re.sub(r'(?<=\d),(?=\d{3})', '', text)                # 1,000
@@ -492,7 +497,10 @@ def normalised(text):
 
 
 def free_answer_is(text, row, template):
-    """Whether a text's last line is a row's answer, with or without the template: (VQA's way, exactly)."""
+    """
+    Whether a text's last line is a row's answer, with or without the template: (VQA's way,
+    exactly).
+    """
     def last_line(text):
         return text.strip().split('\n')[-1].strip()
 
@@ -516,31 +524,35 @@ def check_round_trip(rows, template):
                     '{choice} in it')
 
 
-# --- files and images ---------------------------------------------------------------------------------------
+# --- files and images -----------------------------------------------------------------------------
 @contextlib.contextmanager
 def replacing(path):
-    """Gives a temporary name to write to; renames it to path when all is written, removes it if not."""
+    """
+    Gives a temporary name to write to; renames it to path when all is written, removes it if not.
+    """
     folder = os.path.dirname(path) or '.'
     part = f'{path}.{os.getpid()}.part'
     try:
         os.makedirs(folder, exist_ok=True)
         yield part
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch and numpy keep the system's reason: look for it
+    # torch and numpy keep the system's reason: look for it
+    except (OSError, RuntimeError) as error:
         full = os.path.isdir(folder) and shutil.disk_usage(folder).free < 2**20
         if getattr(error, 'errno', None) == errno.ENOSPC or full:
-            raise OSError(f'the disk is full: {path} was not written, what was there before is untouched; '
-                          'free some space') from None
+            raise OSError(f'the disk is full: {path} was not written, what was there before is '
+                          'untouched; free some space') from None
         if isinstance(error, OSError):
-            raise OSError(f'{path} cannot be written ({error.strerror or error}): give another folder, or '
-                          'make this one writable') from None
+            raise OSError(f'{path} cannot be written ({error.strerror or error}): give another '
+                          'folder, or make this one writable') from None
         raise
     finally:
         if os.path.exists(part):
             os.remove(part)
 
 
-TILING_VERSION = 2  # part of the cache's hash: raise it when tile_image or load_image give other pixels
+# part of the cache's hash: raise it when tile_image or load_image give other pixels
+TILING_VERSION = 2
 PngImagePlugin.MAX_TEXT_CHUNK = 2 ** 26  # pictures with a workflow in their text are pictures
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
          4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
@@ -558,8 +570,8 @@ def orientation(image):
 
 def grey_to_8_bits(image):
     """
-    Greys of more than 8 bits. White is the full scale that holds the brightest: 1 for fractions, else
-    that of 8, 10, 12, 14 or 16 bits; beyond these scales the range of the picture itself.
+    Greys of more than 8 bits. White is the full scale that holds the brightest: 1 for fractions,
+    else that of 8, 10, 12, 14 or 16 bits; beyond these scales the range of the picture itself.
     """
     grey = np.asarray(image).astype(np.float64)
     finite = np.isfinite(grey)
@@ -579,8 +591,8 @@ def grey_to_8_bits(image):
 
 def load_image(file):
     """
-    RGB image from a path or bytes, as a viewer shows it: upright, the first of several frames, what is
-    transparent over white. ValueError in one sentence where it is none.
+    RGB image from a path or bytes, as a viewer shows it: upright, the first of several frames, what
+    is transparent over white. ValueError in one sentence where it is none.
     """
     name = file if isinstance(file, str) else 'image'
     if isinstance(file, str) and not os.path.isfile(file):
@@ -652,7 +664,9 @@ def tile_image(image, size=448, min_tiles=1, max_tiles=8, thumbnail=True):
 
 
 def load_tiles(row, folder, split, size=448, max_tiles=8, cache=True):
-    """A prepared row's tiles, from the cache, else from its image and into it; None without an image."""
+    """
+    A prepared row's tiles, from the cache, else from its image and into it; None without an image.
+    """
     if not row.get('image'):
         return None
     key = repr((size, 1, max_tiles, True, TILING_VERSION, row['image_hash']))
@@ -671,8 +685,8 @@ def load_tiles(row, folder, split, size=448, max_tiles=8, cache=True):
 # --- rows of a prepared data set ------------------------------------------------------------------
 class Rows(torch.utils.data.Dataset):
     """
-    A prepared split at one stage, encoded row by row. Which row is drawn to which earlier stage depends
-    on seed, epoch and row alone, not on workers or order.
+    A prepared split at one stage, encoded row by row. Which row is drawn to which earlier stage
+    depends on seed, epoch and row alone, not on workers or order.
     """
 
     def __init__(self, rows, split, stage, tokenizer, data_dir='.', image_size=448, max_tiles=8,
@@ -690,7 +704,8 @@ class Rows(torch.utils.data.Dataset):
 
     def stage_of(self, i):
         draw = random.Random(f'{self.seed} {self.epoch} {self.rows[i].get("question_id", i)}')
-        mixed = self.stage > 0 and draw.random() < self.uniform_prob  # stage 0 never holds a thought
+        # stage 0 never holds a thought
+        mixed = self.stage > 0 and draw.random() < self.uniform_prob
         return draw.randrange(self.stage) if mixed else self.stage
 
     def __getitem__(self, i):
@@ -699,7 +714,9 @@ class Rows(torch.utils.data.Dataset):
                       **self.text)
 
     def length(self, i, stage=None, count=None):
-        """Tokens of row i at a stage, without a look at its image; `count` counts those of a text."""
+        """
+        Tokens of row i at a stage, without a look at its image; `count` counts those of a text.
+        """
         if count is None:
             def count(text):
                 return len(self.tokenizer.encode(text, add_special_tokens=False))
@@ -717,8 +734,8 @@ class Rows(torch.utils.data.Dataset):
 
     def fits(self, i):
         """
-        Whether row i fits max_length at each stage it may be drawn to. A token has a byte at least, so
-        few rows are tokenized.
+        Whether row i fits max_length at each stage it may be drawn to. A token has a byte at least,
+        so few rows are tokenized.
         """
         most = self.shape['max_length']
         stages = range(self.stage + 1) if self.uniform_prob else [self.stage]
@@ -750,10 +767,11 @@ def fitting_rows(split, stage, rows=None, **knobs):
     kept = [row for i, row in enumerate(asked.rows) if asked.fits(i)]
     limit = f'max_length={knobs["max_length"]}'
     if len(kept) < len(asked):
-        print(f'stage {stage}: {len(asked) - len(kept)} of {len(asked)} {split} rows need more than '
-              f'{limit}: dropped')
+        print(f'stage {stage}: {len(asked) - len(kept)} of {len(asked)} {split} rows need more '
+              f'than {limit}: dropped')
     if not kept:
-        raise ValueError(f'no {split} row fits {limit} at stage {stage}: raise it, or lower max_tiles')
+        raise ValueError(f'no {split} row fits {limit} at stage {stage}: raise it, or lower '
+                         'max_tiles')
     return kept
 
 
@@ -825,7 +843,9 @@ def sentences(text):
 
 
 def cut_steps(text, spans):
-    """A text as steps: its sentences; a single sentence as up to `spans` nearly equal spans of words."""
+    """
+    A text as steps: its sentences; a single sentence as up to `spans` nearly equal spans of words.
+    """
     found = sentences(text)
     if len(found) != 1:
         return found
@@ -857,7 +877,9 @@ def find_choice(value, choices):
 
 
 def right_choice(raw, choices):
-    """The number of the right option, from correct_choice_idx or answer; None where neither is known."""
+    """
+    The number of the right option, from correct_choice_idx or answer; None where neither is known.
+    """
     index, known = raw.get('correct_choice_idx'), None
     if isinstance(index, str) and index.strip().upper() in tuple(LETTERS):
         index = LETTERS.index(index.strip().upper())
@@ -998,8 +1020,9 @@ def split_of(name):
 
 def find_files(dataset):
     """
-    The files of a local data set: split -> paths. A folder's parquet files, by a whole word of the name
-    or of the folder they are in; a single file's companions, which differ from it in that word alone.
+    The files of a local data set: split -> paths. A folder's parquet files, by a whole word of the
+    name or of the folder they are in; a single file's companions, which differ from it in that word
+    alone.
     """
     used, own = [], ''
     if os.path.isdir(dataset):
@@ -1020,7 +1043,8 @@ def find_files(dataset):
     files = {}
     for split in SPLITS:
         words = [word for word in SPLIT_WORDS if SPLIT_WORDS[word] == split]
-        words.sort(key=lambda word: word != own)  # of val and dev the one that was given, else the first
+        # of val and dev the one that was given, else the first
+        words.sort(key=lambda word: word != own)
         present = [word for word in words if any(word == w for w, _ in used)]
         if present:
             files[split] = [path for word, path in used if word == present[0]]
@@ -1054,7 +1078,8 @@ def read_json(path):
                 raise ValueError(f'{path} is neither a JSON list nor a JSON row a line ({reason})'
                                  ) from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f'{path} is not a list of rows: expected [{{"question": ..., "steps": [...], '
+        raise ValueError(f'{path} is not a list of rows: expected [{{"question": ..., '
+                         '"steps": [...], '
                          '"answer": ...}, ...] or such a row a line')
     return rows
 
@@ -1137,8 +1162,8 @@ def name_unused(raw, dataset):
             columns.update(dict.fromkeys(row))
     unused = [str(column) for column in columns if column not in FIELDS]
     if columns and 'question' not in columns:
-        raise ValueError(f'{dataset} has no column question but {", ".join(unused)[:200]}: rows are '
-                         f'read by the names {", ".join(FIELDS)}; rename, or convert each '
+        raise ValueError(f'{dataset} has no column question but {", ".join(unused)[:200]}: rows '
+                         f'are read by the names {", ".join(FIELDS)}; rename, or convert each '
                          'conversation to such a row')
     if unused:
         print(f'columns not used: {", ".join(unused)}')
@@ -1229,7 +1254,8 @@ class Split:
         for i, row in tqdm(self.rows, desc=f'{self.split}: images and tiles', disable=None):
             row.pop('bytes', None)
             if 'image' in row:
-                path, data = os.path.join(folder, row['image']), read_picture(self.raw[i], self.folders)
+                path = os.path.join(folder, row['image'])
+                data = read_picture(self.raw[i], self.folders)
                 try:
                     if not cache_tiles:
                         load_image(data)
@@ -1248,8 +1274,8 @@ class Split:
             more = ', ...' if len(names) > 3 else ''
             print(f'{self.split}: dropped {len(names)} rows {reason}: {", ".join(names[:3])}{more}')
         if not self.rows:
-            raise ValueError(f'{self.split} holds no usable row of {len(self.raw)}: see the reasons '
-                             'above, and give another --dataset')
+            raise ValueError(f'{self.split} holds no usable row of {len(self.raw)}: see the '
+                             'reasons above, and give another --dataset')
         print(f'{self.split}: {len(self.rows)} rows of {len(self.raw)}')
 
 
@@ -1261,10 +1287,12 @@ def holds(path, data):
         return f.read() == data
 
 
-def prepare(raw, folders, data_dir, steps_from, max_latent_stage, image_size, max_tiles, cache_tiles):
+def prepare(raw, folders, data_dir, steps_from, max_latent_stage, image_size, max_tiles,
+            cache_tiles):
     """
-    split -> prepared rows. Filters, writes images and tiles, and last, when all is known to be right,
-    the {split}.jsonl files; those of an earlier preparation are removed. Says what it dropped and why.
+    split -> prepared rows. Filters, writes images and tiles, and last, when all is known to be
+    right, the {split}.jsonl files; those of an earlier preparation are removed. Says what it
+    dropped and why.
     """
     splits = [Split(rows, split, folders, steps_from, max_latent_stage)
               for split, rows in raw.items()]
@@ -1288,12 +1316,16 @@ def prepare(raw, folders, data_dir, steps_from, max_latent_stage, image_size, ma
 
 
 def train_tokenizer(texts, folder, vocab_size=512):
-    """A byte-level BPE tokenizer with InternVL's and Coconut's special tokens, in transformers' format."""
+    """
+    A byte-level BPE tokenizer with InternVL's and Coconut's special tokens, in transformers'
+    format.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+        vocab_size=vocab_size, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         special_tokens=['<|endoftext|>', '<|im_start|>', '<|im_end|>', *SPECIAL_TOKENS]))
     wrapped = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token='<|im_end|>', pad_token='<|endoftext|>')
@@ -1319,8 +1351,11 @@ if __name__ == '__main__':
     if dataset in ('toy', 'prosqa'):
         from experiments import toy
         counts = dict(train=train_rows, validation=val_rows, test=test_rows)
-        drawn = toy.draw(counts, seed, hops) if dataset == 'toy' else toy.draw_graphs(counts, seed, nodes)
-        raw, folders = drawn, []
+        folders = []
+        if dataset == 'toy':
+            raw = toy.draw(counts, seed, hops)
+        else:
+            raw = toy.draw_graphs(counts, seed, nodes)
     else:
         raw, folders = read_raw(dataset, data_dir)
         name_unused(raw, dataset)
@@ -1332,6 +1367,7 @@ if __name__ == '__main__':
                              'tokenizer on them: give a file or folder with some')
         texts = ((fill(prompt, row), '\n'.join(row['steps']), fill(answer, row))
                  for row in prepared['train'])
-        train_tokenizer((text for row in texts for text in row), os.path.join(data_dir, 'tokenizer'))
+        train_tokenizer((text for row in texts for text in row),
+                        os.path.join(data_dir, 'tokenizer'))
     write_splits(prepared, data_dir)
     print(f'prepared {data_dir}')

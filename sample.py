@@ -1,10 +1,11 @@
 """
-Answers questions about images with continuous thoughts; as a module, how a model is asked in batches and how its
-answers are scored, in training as here.
+Answers questions about images with continuous thoughts; as a module, how a model is asked in
+batches and how its answers are scored, in training as here.
 
     python sample.py --ckpt out/best.pt --image cat.jpg
     python sample.py --ckpt out-toy/best.pt --image data/toy/images/test/00000.png \\
-                     --question "Four doors from red?" --choices "blue|green|pink|white" --show_thoughts 5
+                     --question "Four doors from red?" --choices "blue|green|pink|white"
+                     --show_thoughts 5
 
 --image takes one file, several separated by commas, or a folder; all are answered in one batch.
 """
@@ -37,25 +38,28 @@ compile = False                           # compile the decoding step: a minute,
 seed = 1337
 
 # how a checkpoint that was not trained here is asked: in InternVL's own words and chat turns
-UNTRAINED = dict(mode='coconut', c_thought=1, max_latent_stage=0, pad_latent_to_max=True, max_tiles=12,
-                 answer='{letter}', template='chatml', visual_bridge=False)
+UNTRAINED = dict(mode='coconut', c_thought=1, max_latent_stage=0, pad_latent_to_max=True,
+                 max_tiles=12, answer='{letter}', template='chatml', visual_bridge=False)
 ASKED = '<image>\n{question}'
 DIRECTLY = "\n{choices}\nAnswer with the option's letter from the given choices directly."
 
 
 # --- device ---------------------------------------------------------------------------------------
 def pick_device(device):
-    """'auto' is the GPU where there is one; 'mps', Apple's, has to be asked for: it was never tried."""
+    """
+    'auto' is the GPU where there is one; 'mps', Apple's, has to be asked for: it was never tried.
+    """
     if device not in ('auto', 'cpu', 'cuda', 'mps'):
-        raise ValueError(f'device={device!r}: expected auto, cpu, cuda or mps; CUDA_VISIBLE_DEVICES '
-                         'chooses a GPU')
+        raise ValueError(f'device={device!r}: expected auto, cpu, cuda or mps; '
+                         'CUDA_VISIBLE_DEVICES chooses a GPU')
     if device == 'cuda' and not torch.cuda.is_available():
-        raise ValueError('device=cuda, but torch sees no GPU here: use --device=cpu, or install a torch '
-                         'with CUDA')
+        raise ValueError('device=cuda, but torch sees no GPU here: use --device=cpu, or install a '
+                         'torch with CUDA')
     if device == 'mps' and not torch.backends.mps.is_available():
         raise ValueError('device=mps, but torch sees no such GPU here: use --device=cpu')
     if device == 'mps':
-        print('device=mps: this code was never run on one; compare a short run with --device=cpu first')
+        print('device=mps: this code was never run on one; compare a short run with --device=cpu '
+              'first')
     if device == 'auto':
         return 'cuda' if torch.cuda.is_available() else 'cpu'
     return device
@@ -64,19 +68,22 @@ def pick_device(device):
 def pick_dtype(dtype, device):
     """'auto' is bfloat16 on a GPU that computes in it, float32 elsewhere."""
     if dtype == 'float16':
-        raise ValueError('dtype=float16: its range is too small for the gradients without a loss scaler, '
-                         "and for some of InternVL's activations; use float32, or bfloat16 on a GPU that "
-                         'has it')
+        raise ValueError('dtype=float16: its range is too small for the gradients without a loss '
+                         'scaler, and for some of the activations; use float32, or bfloat16 on a '
+                         'GPU that has it')
     if dtype not in ('auto', 'float32', 'bfloat16'):
         raise ValueError(f'dtype={dtype!r}: expected auto, float32 or bfloat16')
     if dtype == 'auto':
-        native = device == 'cuda' and torch.cuda.get_device_capability()[0] >= 8  # not on V100 or T4
+        # not on V100 or T4
+        native = device == 'cuda' and torch.cuda.get_device_capability()[0] >= 8
         return 'bfloat16' if native else 'float32'
     return dtype
 
 
 def peak_memory(device):
-    """The most bytes this process has held: on the GPU, or all of its memory; 0 where none can tell."""
+    """
+    The most bytes this process has held: on the GPU, or all of its memory; 0 where none can tell.
+    """
     if device == 'cuda':
         return torch.cuda.max_memory_allocated()
     try:
@@ -90,10 +97,11 @@ def peak_memory(device):
 # --- asking, and scores ---------------------------------------------------------------------------
 def respond(model, tokenizer, batch, rows, answer, **generation):
     """
-    Free-running answers to a batch: for each row a dict of text, tokens, thoughts, ended (whether it came
-    to its end token) and option, that is the text, or the option that it says as the row spells it;
-    parsed, whether it said one. With choices also choice, its number, 0 where none was said; with a known
-    answer also right, and without choices exact, whether it is the answer letter by letter.
+    Free-running answers to a batch: for each row a dict of text, tokens, thoughts, ended (whether
+    it came to its end token) and option, that is the text, or the option that it says as the row
+    spells it; parsed, whether it said one. With choices also choice, its number, 0 where none was
+    said; with a known answer also right, and without choices exact, whether it is the answer letter
+    by letter.
     """
     new = model.generate(**batch, **generation)
     config = model.config
@@ -117,10 +125,11 @@ def respond(model, tokenizer, batch, rows, answer, **generation):
     return answers
 
 
-def ask(model, tokenizer, rows, groups, answer, autocast, loading=None, edit_for=None, **generation):
+def ask(model, tokenizer, rows, groups, answer, autocast, loading=None, edit_for=None,
+        **generation):
     """
-    Asks groups of row numbers of `rows`, a prepare.Rows without targets: yields (group, answers, seconds
-    without the loading). edit_for, where given, makes an edit_thought for each group.
+    Asks groups of row numbers of `rows`, a prepare.Rows without targets: yields (group, answers,
+    seconds without the loading). edit_for, where given, makes an edit_thought for each group.
     """
     for group, batch in zip(groups, batches(rows, groups, **loading or {})):
         began = time.time()
@@ -134,9 +143,9 @@ def ask(model, tokenizer, rows, groups, answer, autocast, loading=None, edit_for
 
 def summarize(answers, seconds):
     """
-    Metrics of what `respond` gave. Where the answers are known: accuracy, in which an answer that says no
-    option is wrong, with Wilson's 95 % interval; for options also accuracy_default_a, in which it counts
-    as A; for free answers also accuracy_exact, letter by letter.
+    Metrics of what `respond` gave. Where the answers are known: accuracy, in which an answer that
+    says no option is wrong, with Wilson's 95 % interval; for options also accuracy_default_a, in
+    which it counts as A; for free answers also accuracy_exact, letter by letter.
     """
     n, z = len(answers), 1.96
 
@@ -172,8 +181,8 @@ def describe(metrics):
         unread += f', exactly right {100 * metrics["accuracy_exact"]:.1f} %'
     loss = f', loss {metrics["loss"]:.4f}' if 'loss' in metrics else ''
     return (f'{known} of {metrics["examples"]}, {metrics["tokens_per_answer"]:.1f} tokens and '
-            f'{metrics["thoughts_per_answer"]:.1f} thoughts and {metrics["seconds_per_answer"]:.3f} s an '
-            f'answer, {unread}{loss}')
+            f'{metrics["thoughts_per_answer"]:.1f} thoughts and '
+            f'{metrics["seconds_per_answer"]:.3f} s an answer, {unread}{loss}')
 
 
 def find_images(image):
@@ -183,11 +192,11 @@ def find_images(image):
         endings = tuple(Image.registered_extensions())
         found = [name for name in names if name.lower().endswith(endings)]
         if not found:
-            raise ValueError(f'the folder {image} holds no image: give a file, or a folder of png, jpg, '
-                             'webp, tif or other image files')
+            raise ValueError(f'the folder {image} holds no image: give a file, or a folder of png, '
+                             'jpg, webp, tif or other image files')
         if len(found) < len(names):
-            print(f'{image}: {len(names) - len(found)} files are left out, their endings are not those '
-                  'of images')
+            print(f'{image}: {len(names) - len(found)} files are left out, their endings are not '
+                  'those of images')
         return [os.path.join(image, name) for name in found]
     if os.path.isfile(image):
         return [image]  # a comma may be part of its name
@@ -221,7 +230,9 @@ if __name__ == '__main__':
     files, tiles, rows = find_images(image), [], []
     for file in files:
         row = dict(question=question, choices=options, image=file, question_id=file or 'question')
-        tiles.append(file and tile_image(load_image(file), config.image_size, 1, knobs['max_tiles']))
+        tiles.append(None)
+        if file:
+            tiles[-1] = tile_image(load_image(file), config.image_size, 1, knobs['max_tiles'])
         rows.append(encode(row, tokenizer, stage, tiles[-1], supervised=False,
                            max_length=config.max_position_embeddings,
                            num_image_tokens=config.num_image_tokens, **text_knobs))
@@ -244,8 +255,8 @@ if __name__ == '__main__':
     embedding_norm = model.embed_text(all_ids).norm(dim=-1).mean()
     for b, found in enumerate(answers):
         P = 0 if tiles[b] is None else len(tiles[b])
-        print(f'\n{files[b] or "no image"}: {P} tiles, {P * config.num_image_tokens} visual tokens, '
-              f'{found["thoughts"]} thoughts, {found["tokens"]} tokens written')
+        print(f'\n{files[b] or "no image"}: {P} tiles, {P * config.num_image_tokens} visual '
+              f'tokens, {found["thoughts"]} thoughts, {found["tokens"]} tokens written')
         for k in range(found['thoughts'] if show_thoughts > 0 else 0):
             p = model.language_model.lm_head(thoughts[k][b]).float().softmax(-1)
             p, top = p.topk(min(show_thoughts, config.vocab_size))

@@ -1,19 +1,22 @@
 """
-Trains MultiCoCo through its curriculum: stage 0 writes every step, stage k hides the first k behind thoughts.
+Trains MultiCoCo through its curriculum: stage 0 writes every step, stage k hides the first k behind
+thoughts.
 
     python train.py config/toy.py                            the built-in data set, minutes on a CPU
-    python train.py config/toy.py --dry_run=True             what that will do: schedule, a row and a prompt a stage
-    python train.py config/toy.py --init_from=resume         goes on where the run was stopped or killed
+    python train.py config/toy.py --dry_run=True             what that will do, a row a stage
+    python train.py config/toy.py --init_from=resume         goes on where it was stopped or killed
     python train.py config/aokvqa.py --max_latent_stage=4    InternVL3-1B on A-OKVQA
     torchrun --standalone --nproc_per_node=8 train.py config/aokvqa.py    the same on 8 GPUs
 
-Leaves in out_dir: last.pt (to resume from), epoch_{k}.pt and best.pt (weights; best validation accuracy within
-the furthest stage), run.json (how it was started), metrics.jsonl, metrics_epoch_{k}.json, curves.png,
-answers_{split}.json, predictions_{split}.json. `python -m experiments.probe` examines what the thoughts do.
+Leaves in out_dir: last.pt (to resume from), epoch_{k}.pt and best.pt (weights; best validation
+accuracy within the furthest stage), run.json (how it was started), metrics.jsonl,
+metrics_epoch_{k}.json, curves.png, answers_{split}.json, predictions_{split}.json. `python -m
+experiments.probe` examines what the thoughts do.
 
-To change X, edit here: what a stage hides, prepare.py's `build_text`; the schedule, "schedule" below, where stage
-numbers have to rise (best.pt goes by them, and the optimizer starts anew where they change); what is fed back,
-model.py's `think` and, for thoughts that the model writes itself, `generate`.
+To change X, edit here: what a stage hides, prepare.py's `build_text`; the schedule, "schedule"
+below, where stage numbers have to rise (best.pt goes by them, and the optimizer starts anew where
+they change); what is fed back, model.py's `think` and, for thoughts that the model writes itself,
+`generate`.
 """
 import glob
 import importlib.metadata
@@ -48,7 +51,7 @@ from prepare import ANSWER, PROMPT, Rows, batches, build_text, check_round_trip,
 from prepare import fitting_rows, micro_batches, read_split, replacing, split_file, supervised
 from sample import ask, describe, peak_memory, pick_device, pick_dtype, summarize
 
-# --- knobs: data -----------------------------------------------------------------------------------
+# --- knobs: data ----------------------------------------------------------------------------------
 data_dir = 'data/aokvqa'        # what prepare.py made
 max_tiles = 8                   # as prepared, or the cache is not used
 image_size = 448                # side of a tile in pixels, for init_from='scratch'
@@ -120,8 +123,9 @@ wandb_run_name = ''             # '' for the last part of out_dir
 # --------------------------------------------------------------------------------------------------
 # a resumed run may change these; any other knob would make it another run
 FREE = ('data_dir', 'out_dir', 'init_from', 'device', 'threads', 'num_workers', 'micro_batch_size',
-        'activation_checkpointing', 'cache_tiles', 'max_steps', 'save_every', 'keep_epochs', 'overwrite',
-        'dry_run', 'eval_only', 'eval_batch_size', 'log_interval', 'wandb', 'wandb_project',
+        'activation_checkpointing', 'cache_tiles', 'max_steps', 'save_every', 'keep_epochs',
+        'overwrite', 'dry_run', 'eval_only', 'eval_batch_size', 'log_interval', 'wandb',
+        'wandb_project',
         'wandb_run_name')
 
 
@@ -136,7 +140,9 @@ class Stage(NamedTuple):
 
 
 def preview(now, row_knobs, text_knobs, rates, uniform_prob):
-    """Prints one Stage as it will be trained and asked; rates: the learning rate of each of its steps."""
+    """
+    Prints one Stage as it will be trained and asked; rates: the learning rate of each of its steps.
+    """
     tokenizer = row_knobs['tokenizer']
 
     def text(ids):
@@ -155,27 +161,32 @@ def preview(now, row_knobs, text_knobs, rates, uniform_prob):
     if uniform_prob and now.stage:
         mixed = f', each row with chance {uniform_prob:g} at an earlier stage'
     row = Rows(now.rows, 'train', now.stage, **row_knobs)[0]
-    asked = Rows(now.validation, 'validation', now.stage, supervised=False, **row_knobs)[0]['input_ids']
+    asked = Rows(now.validation, 'validation', now.stage, supervised=False, **row_knobs)
+    asked = asked[0]['input_ids']
     ids, start = row['input_ids'], row['labels'].count(-100)
     print(f'\nstage {now.stage}: {now.epochs} epochs of {now.steps} steps, {len(now.rows)} rows, '
           f'{thoughts} thoughts, {written} steps in words, learning rate {rates[0]:.1e} to '
           f'{max(rates):.1e} to {rates[-1]:.1e}{mixed}\n'
-          f'--- training row {now.rows[0]["question_id"]}, {len(ids)} tokens; supervised is what stands '
-          f'in [[ ]]\n{text(ids[:start])}[[{text(ids[start:])}]]\n'
+          f'--- training row {now.rows[0]["question_id"]}, {len(ids)} tokens; supervised is what '
+          f'stands in [[ ]]\n{text(ids[:start])}[[{text(ids[start:])}]]\n'
           f'--- prompt of validation row {now.validation[0]["question_id"]}, {len(asked)} tokens\n'
           f'{text(asked)}')
 
 
 def newest_whole_epoch(out_dir):
-    """Words that name the newest epoch_{k}.pt that is whole, for a run whose last.pt is not; '' for none."""
-    paths = sorted(glob.glob(os.path.join(out_dir, 'epoch_*.pt')), key=os.path.getmtime, reverse=True)
-    for path in paths:
+    """
+    Words that name the newest epoch_{k}.pt that is whole, for a run whose last.pt is not; '' for
+    none.
+    """
+    paths = glob.glob(os.path.join(out_dir, 'epoch_*.pt'))
+    for path in sorted(paths, key=os.path.getmtime, reverse=True):
         try:
             saved = read_checkpoint(path)
         except ValueError:
             continue
-        return (f'; the newest whole one is {path}, the weights after step {saved["step"]}: start a stage '
-                f'from it, with --init_from={path} --start_stage={saved["stage"]} and another --out_dir')
+        return (f'; the newest whole one is {path}, the weights after step {saved["step"]}: start '
+                f'a stage from it, with --init_from={path} --start_stage={saved["stage"]} and '
+                'another --out_dir')
     return ''
 
 
@@ -189,7 +200,8 @@ def git_commit():
                               capture_output=True, text=True)
         return done.stdout.strip()
 
-    return git('rev-parse', 'HEAD') + (' with changes' if git('status', '--porcelain', '-uno') else '')
+    changed = ' with changes' if git('status', '--porcelain', '-uno') else ''
+    return git('rev-parse', 'HEAD') + changed
 
 
 def draw_curves(path, metrics):
@@ -253,16 +265,18 @@ if __name__ == '__main__':  # data workers import this file again where processe
     splits = ['validation']
     if os.path.isfile(split_file(data_dir, 'test')):
         splits.append('test')
-    build_text(read_split(data_dir, 'validation')[0], 0, **text_knobs)  # refuses before a model is there
+    # refuses before a model is there
+    build_text(read_split(data_dir, 'validation')[0], 0, **text_knobs)
     for split in splits if eval_only else ['train', *splits]:
         check_round_trip(read_split(data_dir, split), answer)
     held = glob.glob(os.path.join(out_dir, '*.pt'))
     if held and init_from != 'resume' and not (overwrite or dry_run):
-        raise ValueError(f'{out_dir} holds another run ({os.path.basename(held[0])}): go on with it by '
-                         '--init_from=resume, choose another --out_dir, or let go of it by '
+        raise ValueError(f'{out_dir} holds another run ({os.path.basename(held[0])}): go on with '
+                         'it by --init_from=resume, choose another --out_dir, or let go of it by '
                          '--overwrite=True')
     if wandb and not importlib.util.find_spec('wandb'):
-        raise ValueError('wandb=True, but wandb is not installed: pip install wandb, or leave it out')
+        raise ValueError('wandb=True, but wandb is not installed: pip install wandb, or leave it '
+                         'out')
     if world > 1:
         dist.init_process_group('cpu:gloo,cuda:nccl' if device == 'cuda' else 'gloo')
     random.seed(seed)
@@ -277,7 +291,9 @@ if __name__ == '__main__':  # data workers import this file again where processe
         return values
 
     def end(code=0):
-        """Ends the script, and first the group of ranks: its threads may not outlive the interpreter."""
+        """
+        Ends the script, and first the group of ranks: its threads may not outlive the interpreter.
+        """
         global network
         network = None  # the threads end with the last reference to the group
         if world > 1:
@@ -294,7 +310,8 @@ if __name__ == '__main__':  # data workers import this file again where processe
                         latent_token_id=tokenizer.convert_tokens_to_ids(LATENT),
                         eos_token_ids=(tokenizer.eos_token_id,), **shape)
         model = MultiCoCo(config)
-        # the markers start as copies of the line end, which the model will know when thoughts come in
+        # the markers start as copies of the line end, which the model will know when thoughts come
+        # in
         line_end = tokenizer.encode('\n', add_special_tokens=False)[-1]
         embeddings = model.language_model.model.embed_tokens.weight.data
         for marker in tokenizer.convert_tokens_to_ids([START_LATENT, END_LATENT]):
@@ -306,7 +323,8 @@ if __name__ == '__main__':  # data workers import this file again where processe
             raise OSError(f'{error}{newest_whole_epoch(out_dir)}') from None
         if 'optimizer' not in saved:
             raise ValueError(f'{last_path} holds no optimizer state: start a stage from it, with '
-                             f'--init_from=FILE --start_stage={saved["stage"]} and another --out_dir')
+                             f'--init_from=FILE --start_stage={saved["stage"]} and another '
+                             '--out_dir')
     else:
         model, tokenizer, saved = load_checkpoint(init_from)
     config = model.config
@@ -336,7 +354,8 @@ if __name__ == '__main__':  # data workers import this file again where processe
     epoch = place = step = 0     # whole epochs done, batches of the next one, optimizer steps
     stage = 0
     accuracy, best = 0.0, None   # latest validation accuracy; [stage, accuracy, -loss] of best.pt
-    sums = Counter()             # of this epoch's steps, for its file: loss, gradient norm, tokens, ...
+    # of this epoch's steps, for its file: loss, gradient norm, tokens, ...
+    sums = Counter()
     seconds_before = 0.0         # of this run, before it was resumed
     wandb_id = os.urandom(4).hex()
     started = time.time()
@@ -356,7 +375,8 @@ if __name__ == '__main__':  # data workers import this file again where processe
         """One line of metrics.jsonl, and the same numbers to wandb with the step as their axis."""
         if rank:
             return
-        line = dict(event=event, step=step, stage=stage, epoch=epoch, time=round(elapsed(), 2), **values)
+        line = dict(event=event, step=step, stage=stage, epoch=epoch, time=round(elapsed(), 2),
+                    **values)
         with open(os.path.join(out_dir, 'metrics.jsonl'), 'a') as f:
             f.write(json.dumps(line) + '\n')
         if wandb_run:
@@ -371,16 +391,19 @@ if __name__ == '__main__':  # data workers import this file again where processe
 
     def leave():
         by = signals[0] if signals else signal.SIGTERM  # none where another rank was asked
-        print(f'train.py: stopped by {signal.Signals(by).name} after step {step}, all is saved: go on '
-              'with --init_from=resume', file=sys.stderr)
+        print(f'train.py: stopped by {signal.Signals(by).name} after step {step}, all is saved: go '
+              'on with --init_from=resume', file=sys.stderr)
         end(128 + by)
 
     @torch.no_grad()
     def evaluate(rows, split):
-        """Free-running greedy answers to rows, shared by the ranks: metrics, and the answers in order."""
+        """
+        Free-running greedy answers to rows, shared by the ranks: metrics, and the answers in order.
+        """
         model.eval()
         cuts = math.ceil(len(rows) / eval_batch_size)
-        groups = [group.tolist() for group in np.array_split(np.arange(len(rows)), cuts)][rank::world]
+        groups = np.array_split(np.arange(len(rows)), cuts)[rank::world]
+        groups = [group.tolist() for group in groups]
         answers, losses, seconds = [], [], 0.0
         asked = Rows(rows, split, stage, supervised=False, **row_knobs)
         for group, found, took in ask(model, tokenizer, asked, groups, answer, autocast, loading,
@@ -416,8 +439,8 @@ if __name__ == '__main__':  # data workers import this file again where processe
                 write(f'predictions_{split}.json', {found['question_id']: {
                     'multiple_choice': found['option']} for found in answers})
                 if metrics['unparsed']:
-                    print(f'{split}: in predictions_{split}.json {metrics["unparsed"]} answers that say '
-                          'no option stand as the first one')
+                    print(f'{split}: in predictions_{split}.json {metrics["unparsed"]} answers '
+                          'that say no option stand as the first one')
 
     if eval_only:
         write('run.json', [*starts, provenance])
@@ -436,8 +459,8 @@ if __name__ == '__main__':  # data workers import this file again where processe
     if mode in ('cot', 'no_cot'):  # no curriculum: one stage of the same length
         wanted = [(0, sum(count for _, count in wanted))]
     if not 0 <= start_stage <= wanted[-1][0]:
-        raise ValueError(f'start_stage={start_stage}: expected 0 to {wanted[-1][0]}, the last stage of '
-                         f'mode={mode}')
+        raise ValueError(f'start_stage={start_stage}: expected 0 to {wanted[-1][0]}, the last '
+                         f'stage of mode={mode}')
     stages, total_steps = [], 0
     for k, count in wanted:
         if k < start_stage or not count:
@@ -450,13 +473,16 @@ if __name__ == '__main__':  # data workers import this file again where processe
     if not stages:
         raise ValueError('the schedule has no epoch: set epochs_stage0 or epochs_per_stage')
     if 'test' in splits:
-        fitting_rows('test', stages[-1].stage, **row_knobs)  # a split that cannot be asked is said now
+        # a split that cannot be asked is said now
+        fitting_rows('test', stages[-1].stage, **row_knobs)
     stage_of_epoch = [now for now in stages for _ in range(now.epochs)]
     stage = stages[0].stage
     last_step = min(total_steps, max_steps or total_steps)
 
     def learning_rate_at(step, now):
-        """Linear warm-up, then a cosine to min_lr_ratio of the peak: over a stage, or the whole run."""
+        """
+        Linear warm-up, then a cosine to min_lr_ratio of the peak: over a stage, or the whole run.
+        """
         done, total = step, total_steps
         if reset_optimizer:
             done, total = step - now.first_step, now.steps * now.epochs
@@ -478,13 +504,15 @@ if __name__ == '__main__':  # data workers import this file again where processe
     share = batch_size / len(sample_rows)
     tokens = sum(sample_rows.length(i) for i in range(len(sample_rows))) * share
     images = sum('image' in row for row in sample_rows.rows) * share
-    print(f'{batch_size} rows a step: {world} rank(s), {batch_size // world // micro} micro-batch(es) of '
-          f'{micro}; about {tokens:.0f} tokens and {images:.0f} images\n{len(stage_of_epoch)} epochs, '
-          f'{total_steps} steps; {dtype} on {provenance["device"]}', flush=True)
+    print(f'{batch_size} rows a step: {world} rank(s), {batch_size // world // micro} '
+          f'micro-batch(es) of {micro}; about {tokens:.0f} tokens and {images:.0f} '
+          f'images\n{len(stage_of_epoch)} epochs, {total_steps} steps; {dtype} on '
+          f'{provenance["device"]}', flush=True)
     if dry_run:
         for now in stages:
             steps = range(now.first_step, now.first_step + now.steps * now.epochs)
-            preview(now, row_knobs, text_knobs, [learning_rate_at(s, now) for s in steps], uniform_prob)
+            rates = [learning_rate_at(s, now) for s in steps]
+            preview(now, row_knobs, text_knobs, rates, uniform_prob)
         end()
 
     # --- resume, or a fresh folder ----------------------------------------------------------------
@@ -495,8 +523,8 @@ if __name__ == '__main__':  # data workers import this file again where processe
         if saved['data'] != data:
             changed.append(f'data_dir={data_dir!r} (its rows are not those the run began with)')
         if changed:
-            raise ValueError(f'the run in {out_dir} began with other knobs: {", ".join(changed)}; set '
-                             'them back, or choose another --out_dir')
+            raise ValueError(f'the run in {out_dir} began with other knobs: {", ".join(changed)}; '
+                             'set them back, or choose another --out_dir')
         epoch, place, step, stage = (saved[k] for k in ('epoch', 'place', 'step', 'stage'))
         accuracy, best, sums = saved['accuracy'], saved['best'], Counter(saved['sums'])
         seconds_before, wandb_id = saved['elapsed'], saved['wandb_id']
@@ -521,8 +549,9 @@ if __name__ == '__main__':  # data workers import this file again where processe
     write('run.json', [*starts, provenance])
     if wandb and not rank:
         wandb_run = importlib.import_module('wandb').init(
-            project=wandb_project, name=wandb_run_name or os.path.basename(os.path.abspath(out_dir)),
-            id=wandb_id, resume='allow', dir=out_dir, config=knobs)
+            project=wandb_project, id=wandb_id, resume='allow',
+            name=wandb_run_name or os.path.basename(os.path.abspath(out_dir)),
+            dir=out_dir, config=knobs)
 
     def save(name, resumable=False):
         """Weights and what an evaluation needs; for a resume optimizer and all state as well."""
@@ -531,11 +560,12 @@ if __name__ == '__main__':  # data workers import this file again where processe
         content = dict(model=model.state_dict(), config=asdict(config), knobs=knobs,
                        tokenizer=tokenizer.backend_tokenizer.to_str(), provenance=provenance,
                        stage=stage, epoch=epoch, step=step, accuracy=accuracy)
-        if resumable:  # the workers have no random state: a row's draw depends on seed, epoch and row
+        # the workers have no random state: a row's draw depends on seed, epoch and row
+        if resumable:
             kind, keys, *rest = np.random.get_state()
             content.update(
-                optimizer=optimizer.state_dict(), place=place, best=best, sums=dict(sums), data=data,
-                elapsed=elapsed(), wandb_id=wandb_id,
+                optimizer=optimizer.state_dict(), place=place, best=best, sums=dict(sums),
+                data=data, elapsed=elapsed(), wandb_id=wandb_id,
                 log_size=os.path.getsize(os.path.join(out_dir, 'metrics.jsonl')),
                 random=[random.getstate(), (kind, keys.tolist(), *rest), torch.get_rng_state()])
         with replacing(os.path.join(out_dir, name)) as part, open(part, 'wb') as f:
@@ -544,7 +574,9 @@ if __name__ == '__main__':  # data workers import this file again where processe
             os.fsync(f.fileno())
 
     def stop(signum, frame):
-        """SIGTERM and Ctrl-C: the loop saves after the step in hand and ends; again, it ends at once."""
+        """
+        SIGTERM and Ctrl-C: the loop saves after the step in hand and ends; again, it ends at once.
+        """
         signals.append(signum)
         signal.signal(signum, signal.SIG_DFL)
 
@@ -559,7 +591,8 @@ if __name__ == '__main__':  # data workers import this file again where processe
         save('last.pt', resumable=True)  # from here on the run can be killed at any moment
 
     # --- the loop ---------------------------------------------------------------------------------
-    while epoch < len(stage_of_epoch) and (step < last_step or place):  # place: trained, not evaluated
+    # place: trained, not evaluated
+    while epoch < len(stage_of_epoch) and (step < last_step or place):
         now = stage_of_epoch[epoch]
         if now.stage != stage:
             stage = now.stage
@@ -567,8 +600,10 @@ if __name__ == '__main__':  # data workers import this file again where processe
                 optimizer = new_optimizer()
         order = np.random.default_rng((seed, epoch)).permutation(len(now.rows)).tolist()
         groups = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
-        own = [group[rank::world] or group[:1] for group in groups]  # none for this rank: one, weight 0
-        training = Rows(now.rows, 'train', stage, uniform_prob=uniform_prob, epoch=epoch, **row_knobs)
+        # none for this rank: one, weight 0
+        own = [group[rank::world] or group[:1] for group in groups]
+        training = Rows(now.rows, 'train', stage, uniform_prob=uniform_prob, epoch=epoch,
+                        **row_knobs)
         model.train()
         meter, since = Counter(), time.time()
         waiting = since
@@ -588,7 +623,8 @@ if __name__ == '__main__':  # data workers import this file again where processe
             loss = correct = 0.0
             parts = micro_batches(batch, micro)
             for part in parts:
-                weight = has_rows * supervised(part) / total  # each supervised token counts the same
+                # each supervised token counts the same
+                weight = has_rows * supervised(part) / total
                 last_part = network is model or part is parts[-1]
                 with nullcontext() if last_part else network.no_sync():
                     with autocast:
@@ -597,14 +633,16 @@ if __name__ == '__main__':  # data workers import this file again where processe
                 loss = loss + out.loss.detach() * weight
                 correct = correct + model.num_correct * has_rows / total
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-            loss, correct, norm = torch.stack((loss, correct, norm)).tolist()  # the wait for the device
+            # the wait for the device
+            loss, correct, norm = torch.stack((loss, correct, norm)).tolist()
             gathered = all_ranks((loss, correct))
             loss, correct = sum(one for one, _ in gathered), sum(one for _, one in gathered)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 names = ', '.join(str(now.rows[i]['question_id']) for i in groups[place])
-                raise ValueError(f'the loss is {loss} and the gradient norm {norm} in step {step + 1} '
-                                 f'(stage {stage}, epoch {epoch + 1}), rows {names}: {last_path} is from '
-                                 'before; lower the learning rate, or look at these rows')
+                raise ValueError(f'the loss is {loss} and the gradient norm {norm} in step '
+                                 f'{step + 1} (stage {stage}, epoch {epoch + 1}), rows {names}: '
+                                 f'{last_path} is from before; lower the learning rate, or look at '
+                                 'these rows')
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step, place = step + 1, place + 1
@@ -617,7 +655,8 @@ if __name__ == '__main__':  # data workers import this file again where processe
                 fed = out.thoughts.detach().norm(dim=-1)                        # [B, n]
                 ratio = (fed[fed > 0].mean() / embeddings).item() if fed.any() else 0.0
                 v = dict(loss=loss, token_accuracy=correct, lr=lr, grad_norm=norm,
-                         memory_gb=peak_memory(device) / 1e9, tokens_per_s=meter['tokens'] / seconds,
+                         memory_gb=peak_memory(device) / 1e9,
+                         tokens_per_s=meter['tokens'] / seconds,
                          images_per_s=meter['images'] / seconds, wait=meter['wait'] / seconds,
                          thought_ratio=ratio)
                 eta = int((last_step - step) * elapsed() / step)
@@ -646,7 +685,8 @@ if __name__ == '__main__':  # data workers import this file again where processe
         if best is None or key >= best:
             best = key
             save('best.pt')
-        if whole:  # max_steps may end a run inside an epoch: resumed, it is as if it had not been asked
+        # max_steps may end a run inside an epoch: resumed, it is as if it had not been asked
+        if whole:
             n, seconds = sums['steps'], sums['seconds']
             write(f'metrics_epoch_{epoch}.json', dict(
                 metrics, stage=stage, epoch=epoch, step=step, lr=learning_rate_at(step - 1, now),

@@ -1,4 +1,5 @@
-# The built-in data set and a model of 0.2M parameters, from scratch. Expected: 100 % of the test split (chance 25 %), 20
+# The built-in data set and a model of 0.2M parameters, from scratch. Expected: 100 % of the test
+# split (chance 25 %), 20
 # to 26 % with the thoughts of another image; 3 to 6 minutes on two CPU cores.
 #     python prepare.py config/toy.py && python train.py config/toy.py
 dataset = 'toy'

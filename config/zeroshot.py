@@ -1,5 +1,7 @@
-# The base-line: InternVL3-1B, the chat model as it is, on A-OKVQA, asked as InternVL's own evaluation asks
-# its multiple-choice questions. Expected accuracy: not measured yet (chance 25.0). And the same model asked
+# The base-line: InternVL3-1B, the chat model as it is, on A-OKVQA, asked as InternVL's own
+# evaluation asks
+# its multiple-choice questions. Expected accuracy: not measured yet (chance 25.0). And the same
+# model asked
 # to think in words first; the two lines are
 #     python prepare.py && python train.py config/zeroshot.py
 #     python train.py config/zeroshot.py --out_dir=out-zeroshot-steps --max_new_tokens=512 --prompt='<image>\n{question}\n{choices}\nThink step by step, then end with: The answer is, and the letter.'

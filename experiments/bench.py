@@ -1,13 +1,15 @@
 """
-Speed, memory and FLOPs beside transformers, in one run, on the same random weights and the same batch.
+Speed, memory and FLOPs beside transformers, in one run, on the same random weights and the same
+batch.
 
     python -m experiments.bench                                small decoder and vision tower, real vocabulary and tile size, CPU
     python -m experiments.bench --size=1b --device=cuda        InternVL3-1B's shapes; training, thoughts and decoding on one GPU
     python -m experiments.bench --size=1b --device=cpu         the peak memory of 1B training, simulated with fake tensors
 
-Beside ours stand the paths of reference.py: in training (a) the floor and (b) Coconut's published loop, in generation
-(c) transformers' generate without thoughts and (d) Coconut's published generation. Seconds are CPU seconds of all
-threads, or those of CUDA events; medians of interleaved repeats. Memory is the peak above the weights.
+Beside ours stand the paths of reference.py: in training (a) the floor and (b) Coconut's published
+loop, in generation (c) transformers' generate without thoughts and (d) Coconut's published
+generation. Seconds are CPU seconds of all threads, or those of CUDA events; medians of interleaved
+repeats. Memory is the peak above the weights.
 
 Tried, on the CPU, after a look at the profile. Kept:
     query heads of one key head as queries          0.3 ms; with enable_gqa 0.6, with keys repeated 3.5 (4 rows)
@@ -47,7 +49,7 @@ from experiments.reference import (
     published_loss,
 )
 
-# --- knobs ------------------------------------------------------------------------------------------------------------
+# --- knobs ----------------------------------------------------------------------------------------
 size = 'small'  # 'small' or '1b'
 device = 'auto'  # 'auto', 'cpu', 'cuda'
 repeats = 3
@@ -75,7 +77,10 @@ ROWS, NEW = 16, 32  # of a generation: rows, and tokens that each writes
 
 
 def make_batch(c, B, thoughts, tiles=(1, 2), supervised=True):
-    """forward's arguments: row b has tiles[b % len(tiles)] tiles, its own length, and thoughts behind the prompt."""
+    """
+    forward's arguments: row b has tiles[b % len(tiles)] tiles, its own length, and thoughts behind
+    the prompt.
+    """
     g, made = torch.Generator().manual_seed(seed), []
     for b in range(B):
         P, side = tiles[b % len(tiles)], c.image_size
@@ -94,7 +99,7 @@ def make_batch(c, B, thoughts, tiles=(1, 2), supervised=True):
     return {k: v.to(device) for k, v in collate(made).items()}
 
 
-# --- measuring --------------------------------------------------------------------------------------------------------
+# --- measuring ------------------------------------------------------------------------------------
 
 
 def seconds(work):
@@ -112,7 +117,10 @@ def seconds(work):
 
 
 def interleaved(works, rounds):
-    """name -> median seconds; the works, run before, take turns, so that a busy machine is busy for all."""
+    """
+    name -> median seconds; the works, run before, take turns, so that a busy machine is busy for
+    all.
+    """
     times = [{name: seconds(work) for name, work in works.items()} for _ in range(rounds)]
     return {name: statistics.median(t[name] for t in times) for name in works}
 
@@ -131,7 +139,8 @@ def cost(work):
     before = torch.cuda.memory_allocated() if device == 'cuda' else status('VmRSS')
     work()
     peak = torch.cuda.max_memory_allocated() if device == 'cuda' else status('VmHWM')
-    # attention by plain products: of the fused kernels torch's counter does not know each (2.14: the CPU's)
+    # attention by plain products: of the fused kernels torch's counter does not know each (2.14:
+    # the CPU's)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         work()
     return dict(peak=peak - before, flops=counter.get_total_flops())
@@ -178,7 +187,10 @@ def training():
 
 
 def thoughts():
-    """Seconds of a training step by thoughts, and what one more token a row costs in a pass of its own."""
+    """
+    Seconds of a training step by thoughts, and what one more token a row costs in a pass of its
+    own.
+    """
     counts, prompt = (0, 2, 4, 8, 16, 32), make_batch(config, batch_size, 0, tiles)
 
     def passes(tokens):  # of transformers: the prompt, then so many tokens a row, one by one
@@ -200,8 +212,8 @@ def thoughts():
     token = (took['tokens'] - took['prompt']) / 8
     print('\ntraining step by thoughts: ' + ', '.join(f'{n}: {took[n]:.2f} s' for n in counts))
     print(
-        f'a further thought: {(took[32] - took[0]) / 32:.3f} s (from 0 to 32); a token in a pass of its own over '
-        f'transformers: {token:.3f} s'
+        f'a further thought: {(took[32] - took[0]) / 32:.3f} s (from 0 to 32); a token in a pass '
+        f'of its own over transformers: {token:.3f} s'
     )
     return dict(seconds={n: took[n] for n in counts}, token=token)
 
@@ -242,7 +254,8 @@ def generation():
     table(f'{ROWS} answers of {NEW} tokens, {THOUGHTS} thoughts', lines, 'plain, no thoughts')
     step, bare = (took['ours'] - took['ours, one token']) / (NEW - 1), took['products'] / (NEW - 1)
     print(
-        f'a decoding step: {step:.3f} s, its matrix products alone: {bare:.3f} s, ratio {step / bare:.2f}'
+        f'a decoding step: {step:.3f} s, its matrix products alone: {bare:.3f} s, ratio '
+        f'{step / bare:.2f}'
     )
     return dict(lines, step=step, products=bare)
 
@@ -287,8 +300,8 @@ def on_gpu(trained):
 
 def simulated_memory():
     """
-    Peak memory of a 1B training step by category, on fake tensors: 8 rows of 7 tiles, stage 4, bf16 autocast, AdamW,
-    activation checkpointing.
+    Peak memory of a 1B training step by category, on fake tensors: 8 rows of 7 tiles, stage 4, bf16
+    autocast, AdamW, activation checkpointing.
     """
     batch, peaks, lay_out = make_batch(config, 8, 8, tiles), {}, model.lay_out
     for frozen in (True, False):
@@ -359,7 +372,8 @@ if __name__ == '__main__':
         out = dict(simulated_memory=simulated_memory())
     else:
         print(
-            'transformers\' model and ours are made and warmed up; about 20 minutes in all on one core',
+            'transformers\' model and ours are made and warmed up; about 20 minutes in all on one '
+            'core',
             flush=True,
         )
         ours, theirs = (m.to(device) for m in models(config, seed))

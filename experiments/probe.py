@@ -1,11 +1,12 @@
 """
-Do the thoughts of a checkpoint carry the answer, and what do they say? Data, texts and stage are the checkpoint's.
+Do the thoughts of a checkpoint carry the answer, and what do they say? Data, texts and stage are
+the checkpoint's.
 
     python -m experiments.probe --ckpt=out-toy/best.pt --intervene=all
     python -m experiments.probe --ckpt=out-pause/best.pt --compare=out-toy
 
---intervene names changes, separated by commas; each is applied to every row of the split, its accuracy
-printed beside the clean one's:
+--intervene names changes, separated by commas; each is applied to every row of the split, its
+accuracy printed beside the clean one's:
 
     zero           every thought is 0
     noise          every thought is a random direction of its own norm
@@ -18,12 +19,12 @@ printed beside the clean one's:
                    earlier stages then writes the steps that are missing, so read the tokens as well
     all            all of these
 
-A thought that can be replaced without loss carries nothing. --compare names the out_dirs of other runs over the
-same rows, separated by commas: McNemar's exact test asks whether the rows that only one of two runs has right
-fall to either side as a fair coin does.
+A thought that can be replaced without loss carries nothing. --compare names the out_dirs of other
+runs over the same rows, separated by commas: McNemar's exact test asks whether the rows that only
+one of two runs has right fall to either side as a fair coin does.
 
-Writes beside the checkpoint probe_{split}.json, one record a change (name, accuracy, clean, rows, p, ...), and
-thoughts_{split}.json and .png, what the thoughts say.
+Writes beside the checkpoint probe_{split}.json, one record a change (name, accuracy, clean, rows,
+p, ...), and thoughts_{split}.json and .png, what the thoughts say.
 """
 
 import json
@@ -57,11 +58,14 @@ threads = 0  # CPU threads; 0 for torch's choice
 FORM = re.compile(r'zero|noise|mean|swap|image|(drop_last|early)_(\d+)')
 
 
-# --- interventions ----------------------------------------------------------------------------------------------------
+# --- interventions --------------------------------------------------------------------------------
 
 
 def expand(intervene, n=0):
-    """The changes that --intervene names, for answers with n thoughts. ValueError where it names none of the above."""
+    """
+    The changes that --intervene names, for answers with n thoughts. ValueError where it names none
+    of the above.
+    """
     names = [name.strip() for name in intervene.split(',') if name.strip()]
     every = dict(all=['zero', 'noise', 'mean', 'swap', 'image', 'drop_last_k', 'early'])
     names = [one for name in names for one in every.get(name, [name])]
@@ -72,16 +76,16 @@ def expand(intervene, n=0):
     for name in names:
         if name not in every and not FORM.fullmatch(name):
             raise ValueError(
-                f'intervene={name!r}: expected zero, noise, mean, swap, image, drop_last_3, drop_last_k, '
-                'early_3, early or all'
+                f'intervene={name!r}: expected zero, noise, mean, swap, image, drop_last_3, '
+                'drop_last_k, early_3, early or all'
             )
     return [one for name in names for one in every.get(name, [name])]
 
 
 def record(thoughts):
     """
-    A change that changes nothing, but writes every thought into float32 [R, n, D], R the rows of the split. What it
-    writes where a row has fewer than n thoughts means nothing.
+    A change that changes nothing, but writes every thought into float32 [R, n, D], R the rows of
+    the split. What it writes where a row has fewer than n thoughts means nothing.
     """
 
     def change(places):
@@ -97,8 +101,8 @@ def record(thoughts):
 
 def replace(name, thoughts):
     """
-    The change `name` as a function: places of a batch's rows in the split -> an `edit_thought`. `thoughts` [R, n, D]
-    are those of all rows when left alone, 0 where a row has fewer than n.
+    The change `name` as a function: places of a batch's rows in the split -> an `edit_thought`.
+    `thoughts` [R, n, D] are those of all rows when left alone, 0 where a row has fewer than n.
     """
     R, n, _ = thoughts.shape
     there = thoughts.any(-1)  # [R, n]
@@ -146,39 +150,46 @@ def replace(name, thoughts):
 
 
 def with_other_images(rows):
-    """Each row with the image of the next one that has an image of its own; rows without an image are left out."""
+    """
+    Each row with the image of the next one that has an image of its own; rows without an image are
+    left out.
+    """
     rows = [row for row in rows if row.get('image')]
     of_image = lambda row: {key: row[key] for key in ('image', 'image_size', 'image_hash')}
     return [{**row, **of_image(other)} for row, other in zip(rows, rows[1:] + rows[:1])]
 
 
-# --- paired tests -----------------------------------------------------------------------------------------------------
+# --- paired tests ---------------------------------------------------------------------------------
 
 
 def mcnemar(only_one, only_other):
-    """Two-sided exact p of McNemar's test, from the number of rows that only one run and only the other has right."""
+    """
+    Two-sided exact p of McNemar's test, from the number of rows that only one run and only the
+    other has right.
+    """
     n = only_one + only_other
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(min(only_one, only_other) + 1)) / 2**n)
 
 
 def pair(right, other):
     """
-    Of two dicts, question -> whether it is right: how many of the questions they share only one has right, how many
-    only the other, and p.
+    Of two dicts, question -> whether it is right: how many of the questions they share only one has
+    right, how many only the other, and p.
     """
     shared = right.keys() & other.keys()
     one, two = (sum(a[q] and not b[q] for q in shared) for a, b in ((right, other), (other, right)))
     return one, two, mcnemar(one, two)
 
 
-# --- what thoughts say ------------------------------------------------------------------------------------------------
+# --- what thoughts say ----------------------------------------------------------------------------
 
 
 def results_of(row, tokenizer):
     """
-    For each step the tokens that would name its result, with a space before it and without: the first token of the
-    row's `results`; without these, of the last word of a step in Coconut's format ("Every wumpus is a lompus."), and
-    of a step itself where there are options (the colours of the chain).
+    For each step the tokens that would name its result, with a space before it and without: the
+    first token of the row's `results`; without these, of the last word of a step in Coconut's
+    format ("Every wumpus is a lompus."), and of a step itself where there are options (the colours
+    of the chain).
     """
     steps = row.get('steps') or ()
     results = row.get('results')
@@ -208,11 +219,12 @@ def say(model, thoughts):
 
 def read(model, tokenizer, thoughts, rows):
     """
-    One dict for each of the n thoughts [R, n, D] of the rows of a split: what it says through the head most often,
-    and in which share of the rows; its mean entropy; its norm, and beside that of an embedding; its mean cosine with
-    the thought before, and with the same thought of the previous row; for each step, the share of the rows with that
-    step where its likeliest token names the step's result, and the mean probability of that result. Thoughts are 0
-    where a row has fewer than n.
+    One dict for each of the n thoughts [R, n, D] of the rows of a split: what it says through the
+    head most often, and in which share of the rows; its mean entropy; its norm, and beside that of
+    an embedding; its mean cosine with the thought before, and with the same thought of the previous
+    row; for each step, the share of the rows with that step where its likeliest token names the
+    step's result, and the mean probability of that result. Thoughts are 0 where a row has fewer
+    than n.
     """
     results = [results_of(row, tokenizer) for row in rows]
     steps, table = max(map(len, results)), []
@@ -253,8 +265,8 @@ def read(model, tokenizer, thoughts, rows):
 def describe_thoughts(table):
     """What `read` gave, as lines."""
     yield (
-        ' thought | says most often      | entropy  | norm (of embeddings\') | cosine: thought before, other row | '
-        'names the result of step 1, 2, ...'
+        ' thought | says most often      | entropy  | norm (of embeddings\') | cosine: thought '
+        'before, other row | names the result of step 1, 2, ...'
     )
     for t in table:
         before = '    ' if t['cosine_before'] is None else f'{t["cosine_before"]:4.2f}'
@@ -266,7 +278,7 @@ def describe_thoughts(table):
         )
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------
+# --- pictures -------------------------------------------------------------------------------------
 
 
 def pyplot():
@@ -290,7 +302,10 @@ def save(figure, path):
 
 
 def draw_thoughts(path, model, tokenizer, thoughts, rows, table):
-    """Thought by candidate: probabilities in one row, and over all rows the mean probability of each step's result."""
+    """
+    Thought by candidate: probabilities in one row, and over all rows the mean probability of each
+    step's result.
+    """
     row = int(thoughts.any(-1).sum(1).argmax())  # one with as many thoughts as there are
     p, mass = torch.cat([*say(model, thoughts[row])]), torch.tensor(
         [t['mass_on_step'] for t in table]
@@ -379,8 +394,8 @@ if __name__ == '__main__':
 
     def answers_to(rows, change=None, batch_size=0, new_tokens=0, **text):
         """
-        Metrics and answers of rows. change: places of rows -> an edit_thought, behind the mode's own;
-        text: knobs of the text that differ from the checkpoint's.
+        Metrics and answers of rows. change: places of rows -> an edit_thought, behind the mode's
+        own; text: knobs of the text that differ from the checkpoint's.
         """
 
         def edit_for(places):
@@ -435,8 +450,8 @@ if __name__ == '__main__':
             continue
         here, there, p = pair(right, right_of(theirs['answers']))
         print(
-            f'{split}: of {len(right)} rows {here} are right here alone, {there} in {folder} alone, '
-            f'McNemar p = {p:.2g}'
+            f'{split}: of {len(right)} rows {here} are right here alone, {there} in {folder} '
+            f'alone, McNemar p = {p:.2g}'
         )
         records.append(
             dict(
@@ -487,8 +502,8 @@ if __name__ == '__main__':
         lost, won, p = pair(right, now)
         print(
             f'{split}: {name:<12} accuracy {100 * metrics["accuracy"]:5.1f} %, clean '
-            f'{100 * clean:5.1f} %, {metrics["tokens_per_answer"]:4.1f} tokens; of {len(now)} rows {lost} '
-            f'are right only when clean, {won} only when changed, McNemar p = {p:.2g}',
+            f'{100 * clean:5.1f} %, {metrics["tokens_per_answer"]:4.1f} tokens; of {len(now)} rows '
+            f'{lost} are right only when clean, {won} only when changed, McNemar p = {p:.2g}',
             flush=True,
         )
         records.append(

@@ -1,6 +1,6 @@
 """
-The slow, plain paths that bench.py and the tests compare with: transformers' InternVL with our weights, one pass over
-it, and Coconut's published loops (arXiv 2412.06769) written over it.
+The slow, plain paths that bench.py and the tests compare with: transformers' InternVL with our
+weights, one pass over it, and Coconut's published loops (arXiv 2412.06769) written over it.
 
     floor_loss           one plain pass, head at supervised positions only: no thought can cost less
     published_loss       one pass a thought over aligned rows, keys and values reused, head at all positions
@@ -19,7 +19,9 @@ from model import IMAGE_MEAN, IMAGE_STD, MultiCoCo, fill_with, to_our_names
 
 
 def models(c, seed=0):
-    """Ours, of a Config with a Qwen2 decoder, and transformers' InternVL with the same random weights."""
+    """
+    Ours, of a Config with a Qwen2 decoder, and transformers' InternVL with the same random weights.
+    """
     text = Qwen2Config(
         vocab_size=c.vocab_size,
         hidden_size=c.hidden_size,
@@ -82,7 +84,10 @@ def floor_loss(theirs, batch):
 
 
 def published_loss(theirs, batch, latent):
-    """Thoughts, the tokens `latent`, aligned by left padding, put into nested lists of tensors: loss and logits."""
+    """
+    Thoughts, the tokens `latent`, aligned by left padding, put into nested lists of tensors: loss
+    and logits.
+    """
     ids, mask, labels = batch['input_ids'], batch['attention_mask'], batch['labels']
     x = embed(theirs, batch)
     first = [(row == latent).nonzero()[:, 0] for row in ids]

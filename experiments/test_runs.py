@@ -31,7 +31,8 @@ from model import Config, SPECIAL_TOKENS
 from model import lay_out, load_checkpoint, load_tokenizer, sample
 from test_model import (HERE, N, RAW, loaded, make_batch, one_row, parquet, relative, save_tiny, script, start, tiny_model, without_labels)
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# --------------------
 # what the thoughts are worth
 
 def test_interventions_change_what_they_say():
@@ -57,14 +58,16 @@ def test_interventions_change_what_they_say():
             both = here[a] & here[b]
             assert both.any() and torch.equal(swapped[a, both], clean[b, both])
         assert swapped[0, 1].any()  # row 1 has but one thought: row 0 keeps its own second
-        for b in range(4):  # the same, row by row: a donor is the next row of the split, not of the batch
+        # the same, row by row: a donor is the next row of the split, not of the batch
+        for b in range(4):
             alone = {k: v for k, v in one_row(dict(batch, labels=batch['input_ids']), b).items() if k != 'labels'}
             for name, whole in (('swap', swapped), ('noise', noise)):
                 torch.testing.assert_close(run(name, alone, [b])[0], whole[b, :int(here[b].sum())],
                                            atol=1e-4, rtol=1e-3)
         dropped = run('drop_last_2')
         assert dropped.any(-1).sum(1).tolist() == [1, 0, 1, 0] and torch.equal(dropped[[0, 2], 0], clean[[0, 2], 0])
-        written = torch.ones(1, model.config.hidden_size)  # a second thought of row 1: the model wrote its <|latent|>
+        # a second thought of row 1: the model wrote its <|latent|>
+        written = torch.ones(1, model.config.hidden_size)
         for name in ('zero', 'noise', 'mean', 'swap', 'drop_last_1'):
             assert torch.equal(probe.replace(name, clean)([1])(2, written), written)
             assert not torch.equal(probe.replace(name, clean)([1])(1, written), written)
@@ -119,7 +122,8 @@ def test_what_thoughts_say(run):
     # row 2 has no second thought
     assert first['names_step'] == pytest.approx([2 / 3, 0]) and second['names_step'] == pytest.approx([0, 1])
     long = probe.read(model, tokenizer, thoughts[:, :1], [*rows[:2], dict(steps=['x', 'y', 'blue'])])[0]
-    assert long['names_step'] == pytest.approx([1 / 3, 0, 1])  # the share of the rows that have such a step
+    # the share of the rows that have such a step
+    assert long['names_step'] == pytest.approx([1 / 3, 0, 1])
     p = (thoughts[:, 0] @ head.T).softmax(-1)
     assert first['entropy_bits'] == pytest.approx(-(p * p.log2()).nan_to_num().sum(1).mean().item(), abs=1e-4)
     assert first['mass_on_step'][0] == pytest.approx(
@@ -128,14 +132,16 @@ def test_what_thoughts_say(run):
     assert second['cosine_before'] == pytest.approx(
         F.cosine_similarity(thoughts[[0, 2], 0], thoughts[[0, 2], 1]).mean().item(), abs=1e-5)
     assert len(list(probe.describe_thoughts([first, second]))) == 3
-    for path, rows in ((top / 'one.png', rows), (top / 'two.png', [{}] * 3)):  # also rows without steps and with prices
+    # also rows without steps and with prices
+    for path, rows in ((top / 'one.png', rows), (top / 'two.png', [{}] * 3)):
         rows = [dict(row, question='More than $5 or than $6^?') for row in rows]
         probe.draw_thoughts(str(path), model, tokenizer, thoughts.roll(1, 0), rows,
                             probe.read(model, tokenizer, thoughts, rows))
         assert Image.open(path).size[0] > 500
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# --------------------
 # work: floating-point operations, which no busy machine changes
 
 TINY = Config(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
@@ -200,7 +206,8 @@ def test_a_generated_token_costs_the_flops_of_one_token(pair):
     assert one == pytest.approx(prompt + 2 * B * lm.lm_head.weight.numel(), rel=0.02)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# --------------------
 # data sets
 
 def test_colour_chain_is_what_it_says():
@@ -262,7 +269,8 @@ def test_graphs_are_what_they_say(nodes):
         wrong = other if right == one else one
         clues += [0.5 + 0.5 * np.sign(int(look(right)) - int(look(wrong))) for look in looks]
     assert {1, 2, 3} <= set(lengths) and 75 <= first <= 125
-    assert all(80 <= clue <= 120 for clue in clues), clues  # about half of 200: none gives the answer away
+    # about half of 200: none gives the answer away
+    assert all(80 <= clue <= 120 for clue in clues), clues
 
 
 def test_a_recipe_that_cannot_be_read_back_is_refused(run, tmp_path):
@@ -329,7 +337,8 @@ def test_the_result_of_a_step_in_coconuts_format_is_its_last_word(loaded):
     assert first == [{'l', ''} - {''}, {'2'}]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# --------------------
 # the commands, as a user runs them
 
 TOY = ['config/toy.py', '--log_interval=1', '--num_workers=0', '--batch_size=16', '--eval_batch_size=16',
@@ -379,7 +388,8 @@ def test_a_run_leaves_what_it_promises(run):
     best = torch.load(out / 'best.pt', weights_only=True)
     assert {'model', 'config', 'tokenizer', 'knobs', 'stage', 'epoch', 'step', 'accuracy'} <= best.keys()
     for name in ('best.pt', 'epoch_1.pt', 'epoch_2.pt'):
-        assert 'optimizer' not in torch.load(out / name, weights_only=True)  # last.pt alone holds it
+        # last.pt alone holds it
+        assert 'optimizer' not in torch.load(out / name, weights_only=True)
     assert best['stage'] == 1  # the furthest stage, whatever stage 0 scored
 
 
@@ -460,7 +470,8 @@ def test_micro_batches_and_stopping_inside_an_epoch(run):
     before = starts()
     assert len(before) == 3
     script('train.py', *args, f'--out_dir={top}/resumed', '--init_from=resume', '--eval_only=True')
-    assert len(starts()) == 4 and starts()[:3] == before  # an evaluation in the run's folder lets none of its starts go
+    # an evaluation in the run's folder lets none of its starts go
+    assert len(starts()) == 4 and starts()[:3] == before
     assert torch.load(top / 'resumed' / 'last.pt', weights_only=True)['knobs']['init_from'] == 'scratch'
     assert 'batch_size=16 is not a multiple of 5: 1 rank(s)' in script(
         'train.py', *args, f'--out_dir={top}/m', '--micro_batch_size=5', fails=True)
@@ -648,7 +659,8 @@ def test_a_run_starts_at_a_stage_from_a_checkpoint(run):
            '--start_stage=1', '--max_steps=1')
     first, = events(top / 'later', 'train')
     fourth = events(top / 'out', 'train')[3]
-    assert (first['stage'], first['lr']) == (1, fourth['lr']) and first['epoch'] == 0  # another epoch, so other rows
+    # another epoch, so other rows
+    assert (first['stage'], first['lr']) == (1, fourth['lr']) and first['epoch'] == 0
 
 
 @pytest.mark.parametrize('mode', ('cot', 'no_cot', 'pause', 'no_thoughts'))
@@ -659,7 +671,8 @@ def test_modes_run(run, mode):
     said = script('experiments/probe.py', f'--ckpt={top}/{mode}/best.pt')
     swap = [record for record in json.load(open(top / mode / 'probe_test.json')) if record['name'] == 'swap']
     if mode == 'pause':
-        assert swap[0]['only_clean'] == swap[0]['only_changed'] == 0  # every row's pause is the same
+        # every row's pause is the same
+        assert swap[0]['only_clean'] == swap[0]['only_changed'] == 0
     else:
         assert 'swap left out, these answers have no thoughts' in said
         assert not swap
@@ -668,7 +681,8 @@ def test_modes_run(run, mode):
 def test_pause_feeds_nothing_back(run):
     """In training, evaluation, its loss and sample.py: the learned embedding of <|latent|> stands for every thought."""
     top, _ = run
-    out = top / 'still'  # a learning rate of 0: the weights that the log speaks of are those on the disk
+    # a learning rate of 0: the weights that the log speaks of are those on the disk
+    out = top / 'still'
     args = [*TOY, f'--data_dir={top}/data', '--max_length=128', '--mode=pause']
     script('train.py', *args, f'--out_dir={out}', '--learning_rate=0', '--learning_rate_stage0=0', '--max_steps=4')
     model, tokenizer, _ = load_checkpoint(str(out / 'best.pt'))
@@ -691,7 +705,8 @@ def test_pause_feeds_nothing_back(run):
     said = script('sample.py', '--ckpt', out / 'best.pt', '--image', top / 'data' / 'images' / 'test' / '00000.png',
                   '--choices=red|blue', '--show_thoughts=1')
     assert said.count(f'(norm {pause:.2f},') == 2
-    assert torch.equal(table[ids('<|start-latent|>')], table[ids('<|end-latent|>')])  # as train.py starts them
+    # as train.py starts them
+    assert torch.equal(table[ids('<|start-latent|>')], table[ids('<|end-latent|>')])
     assert torch.equal(table[ids('<|start-latent|>')], table[tokenizer.encode('\n')[-1]])
 
 
@@ -716,7 +731,8 @@ def test_what_the_recipe_for_the_real_model_asks(run):
     assert all((group['eps'], tuple(group['betas'])) == (1e-5, (0.9, 0.98)) for group in (decayed, others))
     first = lambda group: [optimizer['state'][p]['exp_avg'] for p in group['params']]
     assert {m.dim() > 1 for m in first(decayed)} == {True} and {m.dim() > 1 for m in first(others)} == {False}
-    norm = torch.stack([m.norm() for m in first(decayed) + first(others)]).norm()  # (1 - beta1) of the clipped gradient
+    # (1 - beta1) of the clipped gradient
+    norm = torch.stack([m.norm() for m in first(decayed) + first(others)]).norm()
     assert norm.item() == pytest.approx(0.1 * 0.01, rel=1e-3)
 
 

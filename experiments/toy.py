@@ -1,27 +1,29 @@
 """
 The data sets that are drawn, not downloaded; prepare.py calls them.
 
-"Colour chain", in A-OKVQA's schema. A 3x3 grid of 28-pixel cells: eight rooms and a blank. A room's outer square is
-its colour, the inner square is the colour of the room its door leads to. "Four doors from red?" starts in the red
-room and follows four doors. Its steps are three colours and a sentence: "blue", "green", "pink", "black is where the
-last door leads".
+"Colour chain", in A-OKVQA's schema. A 3x3 grid of 28-pixel cells: eight rooms and a blank. A room's
+outer square is its colour, the inner square is the colour of the room its door leads to. "Four
+doors from red?" starts in the red room and follows four doors. Its steps are three colours and a
+sentence: "blue", "green", "pink", "black is where the last door leads".
 
     the start's path is simple:  red -> blue -> green -> pink -> black       (the answer is black)
     any other room, and the last on the path, leads to a random other room
 
-The map must not be invertible. On a permutation, four steps forward can be had as two backward, and the curriculum
-alone learns that: accuracy looks perfect while the thoughts carry nothing. Each room is a visual token of its own, so
-the image holds the map and nothing else; the answer needs four look-ups in sequence.
+The map must not be invertible. On a permutation, four steps forward can be had as two backward, and
+the curriculum alone learns that: accuracy looks perfect while the thoughts carry nothing. Each room
+is a visual token of its own, so the image holds the map and nothing else; the answer needs four
+look-ups in sequence.
 
-Why not four sentences: thoughts keep the rhythm of the words. A colour is looked up two tokens after the one before,
-at the line's end, and so are thoughts 1, 3, 5 and 7 with two thoughts a step. Where sentences stand between look-ups,
-every stage has to learn that anew.
+Why not four sentences: thoughts keep the rhythm of the words. A colour is looked up two tokens
+after the one before, at the line's end, and so are thoughts 1, 3, 5 and 7 with two thoughts a step.
+Where sentences stand between look-ups, every stage has to learn that anew.
 
-"ProsQA-like graphs", text in Coconut's format, after the construction of ProsQA in its appendix (arXiv 2412.06769,
-Algorithm 1): "Tom is a wumpus. Every wumpus is a lompus. ... Is Tom a lompus or a rempus?" Of two kinds one can be
-reached from Tom, and the steps are the edges of a shortest way there. The other is as far from another person. With
-the furthest kind of either side instead, the one whose parent is not a person is right in 87 % of the graphs of 9
-nodes, and a trained model that scored 89 % had learnt little but that.
+"ProsQA-like graphs", text in Coconut's format, after the construction of ProsQA in its appendix
+(arXiv 2412.06769, Algorithm 1): "Tom is a wumpus. Every wumpus is a lompus. ... Is Tom a lompus or
+a rempus?" Of two kinds one can be reached from Tom, and the steps are the edges of a shortest way
+there. The other is as far from another person. With the furthest kind of either side instead, the
+one whose parent is not a person is right in 87 % of the graphs of 9 nodes, and a trained model that
+scored 89 % had learnt little but that.
 """
 
 import functools
@@ -45,7 +47,9 @@ CELL, HOPS, NUMBERS = 28, 4, ('No', 'One', 'Two', 'Three', 'Four', 'Five', 'Six'
 
 
 def draw_chain(rng, hops=HOPS):
-    """One row: (image uint8 [84, 84, 3], fields of A-OKVQA's schema without image and question_id)."""
+    """
+    One row: (image uint8 [84, 84, 3], fields of A-OKVQA's schema without image and question_id).
+    """
     names, rooms = list(COLOURS), np.array(list(COLOURS.values()))
     order = rng.permutation(len(names))
     path = order[: hops + 1]
@@ -73,7 +77,10 @@ def draw_chain(rng, hops=HOPS):
 
 
 def draw(rows, seed, hops=HOPS):
-    """split -> raw rows for `rows`, split -> number; images as PNG. Every split has its own random stream."""
+    """
+    split -> raw rows for `rows`, split -> number; images as PNG. Every split has its own random
+    stream.
+    """
     if not 1 <= hops < len(NUMBERS):
         raise ValueError(f'hops={hops}: expected 1 to {len(NUMBERS) - 1}')
     drawn = {}
@@ -95,11 +102,12 @@ KINDS = [f'{start}mpus' for start in STARTS.split()]
 
 def draw_graph(rng, nodes, steps):
     """
-    One row in Coconut's format, and under `results` the kind that each step arrives at. One fact a line, so that a
-    name is the same token in facts and steps. Nodes 0 and 1 are people; a node without a parent is a person too. The
-    next nodes lead `steps` away from each of the two in turn, with Poisson(0.25) further parents; each later node has
-    Poisson(1.5) parents, deep ones more likely. 35 % of these may not descend from 1, 35 % not from 0. The two kinds
-    of the question are equally far from 0 and from 1.
+    One row in Coconut's format, and under `results` the kind that each step arrives at. One fact a
+    line, so that a name is the same token in facts and steps. Nodes 0 and 1 are people; a node
+    without a parent is a person too. The next nodes lead `steps` away from each of the two in turn,
+    with Poisson(0.25) further parents; each later node has Poisson(1.5) parents, deep ones more
+    likely. 35 % of these may not descend from 1, 35 % not from 0. The two kinds of the question are
+    equally far from 0 and from 1.
     """
     while True:
         parents, depth = [[], []], [0, 0]
@@ -127,7 +135,8 @@ def draw_graph(rng, nodes, steps):
         ]  # one node of each distance
         both = far[0].keys() & far[1].keys()
         if both and max(both) > steps and parents.count([]) <= len(PEOPLE):
-            break  # else the two ways are too short, or there are too many people: draw another graph
+            # else the two ways are too short, or there are too many people: draw another graph
+            break
     right, wrong = (far[start][max(both)] for start in (0, 1))
     people, kinds = rng.permutation(PEOPLE).tolist(), rng.permutation(KINDS[:nodes]).tolist()
     name = [kinds.pop() if above else people.pop() for above in parents]
@@ -146,7 +155,10 @@ def draw_graph(rng, nodes, steps):
 
 
 def shortest_ways(parents, start):
-    """Node -> a shortest way from `start` to it, for all that descend from it; parents come before their children."""
+    """
+    Node -> a shortest way from `start` to it, for all that descend from it; parents come before
+    their children.
+    """
     ways = {start: [start]}
     for node, above in enumerate(parents):
         if reached := [ways[n] for n in above if n in ways]:
@@ -156,8 +168,9 @@ def shortest_ways(parents, start):
 
 def draw_graphs(rows, seed, nodes):
     """
-    split -> rows in Coconut's format for `rows`, split -> number; each of a random size up to `nodes`. From large
-    graphs alone a small model does not learn to look a fact up; from small ones among them it does.
+    split -> rows in Coconut's format for `rows`, split -> number; each of a random size up to
+    `nodes`. From large graphs alone a small model does not learn to look a fact up; from small ones
+    among them it does.
     """
     if not 2 + 2 * STEPS <= nodes <= len(KINDS):
         raise ValueError(f'nodes={nodes}: expected {2 + 2 * STEPS} to {len(KINDS)}')
