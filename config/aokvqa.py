@@ -4,22 +4,22 @@
 dataset = 'HuggingFaceM4/A-OKVQA'
 data_dir = 'data/aokvqa'
 out_dir = 'out'
-init_from = 'OpenGVLab/InternVL3-1B-Pretrained'  # the chat model InternVL3-1B wants template='chatml'
+init_from = 'OpenGVLab/InternVL3-1B-Pretrained'  # the chat model: template='chatml'
 
 c_thought = 2
 max_latent_stage = 4
 epochs_stage0 = 8
 epochs_per_stage = 3
 visual_bridge = True         # words that lead from the image to the steps
-pad_latent_to_max = True     # rationales have one to four steps: every row gets the same number of thoughts
+pad_latent_to_max = True     # rationales have one to four steps: the same thoughts for all
 reset_optimizer = True
 
-max_tiles = 8                # a photograph of 640x480 becomes 6 tiles and a thumbnail: 1792 visual tokens
+max_tiles = 8                # 640x480 becomes 6 tiles and a thumbnail: 1792 visual tokens
 max_length = 2560
 batch_size = 32              # global; Coconut used 128
 micro_batch_size = 4         # what one GPU holds at a time
-learning_rate = 5e-5         # instruct models are known to want less, near 1e-5: try it for the chat checkpoint
-freeze_vision = True         # 17,056 questions are few for 300M parameters that see well; saves a third of the memory
+learning_rate = 5e-5         # try 1e-5 for the chat checkpoint: instruct models want less
+freeze_vision = True         # 17,056 questions are few for 300M parameters that see well
 activation_checkpointing = True
 dtype = 'bfloat16'
 num_workers = 4              # for each GPU

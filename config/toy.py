@@ -1,6 +1,5 @@
-# The built-in data set and a model of 0.2M parameters, from scratch. Expected: 100 % of the test
-# split (chance 25 %), 20
-# to 26 % with the thoughts of another image; 3 to 6 minutes on two CPU cores.
+# The built-in data set and a model of 0.2M parameters, from scratch. Expected: 100 % of the test split
+# (chance 25 %), 20 to 26 % with the thoughts of another image; 3 to 6 minutes on two CPU cores.
 #     python prepare.py config/toy.py && python train.py config/toy.py
 dataset = 'toy'
 data_dir = 'data/toy'
@@ -11,7 +10,7 @@ train_rows = 10240
 seed = 0
 
 prompt = '<image>{question}\n{choices}\n'  # short: every token costs time here
-answer = '{choice} {letter}'               # the colour before the letter: the other way round it is not learnt
+answer = '{choice} {letter}'               # the letter first is not learnt
 max_length = 128
 max_new_tokens = 32
 
@@ -21,7 +20,7 @@ epochs_stage0 = 4
 epochs_per_stage = 2
 learning_rate_stage0 = 3e-3
 learning_rate = 5e-4
-uniform_prob = 0.2           # without rows of earlier stages mixed in, the last stage is lost on some seeds
+uniform_prob = 0.2           # without earlier stages mixed in some seeds lose the last stage
 
 hidden_size = 64
 intermediate_size = 192
@@ -41,5 +40,5 @@ max_tiles = 1
 batch_size = 64
 eval_batch_size = 250
 beta2 = 0.98
-adam_eps = 1e-5              # at 1e-8 a fresh optimizer takes full steps along gradients near 0: solved stages are lost
-threads = 1                  # the model is so small that a second one brings little; it is left to the data
+adam_eps = 1e-5              # at 1e-8 a fresh optimizer takes full steps near gradient 0, and forgets
+threads = 1                  # a second one brings so small a model little; it loads the data
