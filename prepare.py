@@ -805,7 +805,7 @@ def as_text(value, field):
         raise Dropped(f'whose {field} is {type(value).__name__}, not text')
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return str(value).strip()
+    return str(value).replace('\r\n', '\n').strip()
 
 
 def as_items(value, field):
@@ -970,6 +970,8 @@ def read_picture(raw, folders):
     """The bytes of a raw row's image; None without one. Raises Dropped."""
     value = raw.get('image')
     if isinstance(value, dict):  # a parquet file's struct
+        if not {'bytes', 'path'} & value.keys():
+            raise Dropped('whose image has neither bytes nor path')
         value = value.get('bytes') or value.get('path')
     if is_missing(value) or isinstance(value, (bytes, list)) and not len(value):
         value = raw.get('image_path')
@@ -1077,10 +1079,11 @@ def read_json(path):
                 reason = f'line {number}: {error.msg}' if rows else str(first)
                 raise ValueError(f'{path} is neither a JSON list nor a JSON row a line ({reason})'
                                  ) from None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f'{path} is not a list of rows: expected [{{"question": ..., '
-                         '"steps": [...], '
-                         '"answer": ...}, ...] or such a row a line')
+    wrong = [i for i, row in enumerate(rows, 1) if not isinstance(row, dict)]
+    if not isinstance(rows, list) or wrong:
+        which = f'row {wrong[0]} is no object' if isinstance(rows, list) else 'it is one object'
+        raise ValueError(f'{path} is not a list of rows ({which}): expected [{{"question": ..., '
+                         '"steps": [...], "answer": ...}, ...] or such a row a line')
     return rows
 
 

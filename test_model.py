@@ -1051,7 +1051,7 @@ def test_code_of_a_checkpoint_folder_is_never_run(tmp_path, monkeypatch):
     (dict(choices="['w', 'x', 'y']"), 'choices', ['w', 'x', 'y']), (dict(choices=[3, 4.0, 5]), 'choices', ['3', '4', '5']),
     (dict(choices=[' w', 'x ', 'y']), 'choices', [' w', 'x ', 'y']), (dict(choices=[' w', 'x ', ' y']), 'answer', 'y'),
     (dict(choices=None, answer=18), 'answer', '18'), (dict(choices=[], answer=18.0), 'answer', '18'),
-    (dict(question_id=None, idx=7), 'question_id', '7'), (dict(question_id=3.0), 'question_id', '3')))
+    (dict(question='a\r\nb'), 'question', 'a\nb'), (dict(question_id=None, idx=7), 'question_id', '7'), (dict(question_id=3.0), 'question_id', '3')))
 def test_obvious_conversions(changes, field, expected):
     row, reason = prepare.build_row(dict(RAW, **changes), 'train')
     assert reason is None
@@ -1146,17 +1146,18 @@ def test_what_is_not_used_is_named(tmp_path):
 
 
 def test_rows_without_the_picture_that_others_have(tmp_path):
-    paths = ['0.png', None, 'none.png', ['0.png', '1.png'], 'notes.txt', '', ['3.png'], '3.png']
+    paths = ['0.png', None, 'none.png', ['0.png', '1.png'], 'notes.txt', '', ['3.png'], dict(url='3.png')]
     (tmp_path / 'in').mkdir()
     (tmp_path / 'in' / 'notes.txt').write_text('no picture')
-    dataset = own_rows(tmp_path / 'in', 'mine_train.jsonl', 8, image_path=lambda i: paths[i])
+    dataset = own_rows(tmp_path / 'in', 'mine_train.jsonl', 8, image=lambda i: paths[i], image_path=None)
     own_rows(tmp_path / 'in', 'mine_val.jsonl', 2)
     said = prepared(tmp_path / 'out', dataset)
     assert 'dropped 2 rows without the image that other rows have: 1, 5' in said
     assert 'dropped 1 rows whose image file is not there: 2 (none.png)' in said
     assert 'dropped 1 rows with 2 images, where one is used: 3' in said
+    assert 'dropped 1 rows whose image has neither bytes nor path: 7' in said
     assert 'dropped 1 rows with an unreadable image: 4 (cannot be read as an image' in said
-    assert 'train: 3 rows of 8' in said
+    assert 'train: 2 rows of 8' in said
 
 
 def test_an_earlier_preparation_leaves_nothing(tmp_path):
@@ -1191,7 +1192,7 @@ def test_two_rows_never_share_a_file(tmp_path):
 @pytest.mark.parametrize('name, content, message', (
     ('a.json', '[{"question": "é"}]'.encode('latin-1'), 'is not UTF-8 text'),
     ('a.jsonl', b'{"question": "a"}\n{"question": \n', r'neither a JSON list nor a JSON row a line \(line 2'),
-    ('a.json', b'{"data": []}', 'is not a list of rows'), ('a.csv', b'question\n', 'is not a .jsonl, .json or .parquet'),
+    ('a.json', b'{"data": []}', r'is not a list of rows \(it is one object'), ('a.jsonl', b'{"question": 1}\n[1]\n', 'row 2 is no'), ('a.csv', b'question\n', 'is not a .jsonl, .json or .parquet'),
     ('a.jsonl', b'{"question": "a", "answer": "b"}', 'holds 1 row'), ('a.json', b'[]', 'holds 0 row')))
 def test_files_that_hold_no_rows(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)

@@ -973,6 +973,6 @@ def test_coconuts_own_files_train_as_they_are(tmp_path):
     assert re.search('test: swap +accuracy', said)
     assert 'test: image left out, these answers have no image' in said
     (tmp_path / 'broken.json').write_text('[{"question": 1}, 2]')
-    assert 'is not a list of rows: expected' in script(
+    assert 'is not a list of rows (row 2 is no object)' in script(
         'prepare.py', '--dataset', tmp_path / 'broken.json', '--data_dir', tmp_path / 'd', '--init_from=scratch',
         fails=True)
