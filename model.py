@@ -146,8 +146,8 @@ def rotary(position, head_dim, theta):
     RoPE's cos and sin, float32 [B, 1, L, head_dim], of positions [B, L]; sin is minus in its first
     half.
     """
-    half = torch.arange(0, head_dim, 2, device=position.device, dtype=torch.float32)
-    frequency = theta ** -(half / head_dim)
+    channel = torch.arange(0, head_dim, 2, device=position.device, dtype=torch.float32)
+    frequency = theta ** -(channel / head_dim)
     angle = position[:, None, :, None].float() * frequency
     cos, sin = angle.cos(), angle.sin()
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
@@ -196,8 +196,9 @@ class Attention(nn.Module):
             keys, values = past_keys.index_copy_(2, slot, k), past_values.index_copy_(2, slot, v)
         if mask is None:  # the first pass: no past, so plain causal attention
             y = F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=True)
-        # fused kernels take a mask or grouped queries, not both: the G heads of a key as G queries
         else:
+            # fused kernels take a mask or grouped queries, not both: the G query heads of each key
+            # head are laid out as G * L queries of one head
             G = q.shape[1] // k.shape[1]
             q = rearrange(q, 'b (k g) l d -> b k (g l) d', g=G)
             y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask.repeat(1, 1, G, 1))
@@ -234,7 +235,7 @@ class Block(nn.Module):
         h = self.post_attention_layernorm(x)
         if real_slots is None:
             return x + self.mlp(h), k, v
-        y = self.mlp(h.flatten(0, 1)[real_slots]).to(x.dtype)                   # [M, D]
+        y = self.mlp(h.flatten(0, 1)[real_slots]).to(x.dtype)                   # [real slots, D]
         return x.flatten(0, 1).index_add(0, real_slots, y).view_as(x), k, v
 
 
@@ -317,12 +318,13 @@ def lay_out(input_ids, attention_mask, config, labels=None, device=None):
     real_slots = []
     for k, width in enumerate(widths.tolist()):
         is_real = torch.arange(width) < length[:, k, None]                      # [B, width]
-        # then leaving the others out costs more than it saves
+        # above 0.9, leaving the others out costs more than it saves
         mostly = is_real.float().mean() > 0.9
         real_slots.append(None if mostly else is_real.flatten().nonzero()[:, 0].to(device))
     targets = ()
     if labels is not None:
         labels = labels.cpu()
+        # before: the column whose hidden state predicts the next one
         row, before = (labels[:, 1:] != -100).nonzero(as_tuple=True)
         targets = (row, slot[row, before], labels[row, before + 1])
 
@@ -339,7 +341,8 @@ def check_rows(ids, real, config):
     if real.shape != ids.shape:
         raise ValueError(f'attention_mask is {list(real.shape)} where input_ids is '
                          f'{list(ids.shape)}: they must agree')
-    for b in ((real[:, 1:] > real[:, :-1]).any(1) | ~real[:, 0]).nonzero():
+    ragged = (real[:, 1:] > real[:, :-1]).any(1) | ~real[:, 0]
+    for b in ragged.nonzero():  # the first such row, if any
         raise ValueError(f'row {b.item()} of attention_mask is not 1s followed by 0s: pad on the '
                          'right')
     for b in (ids[:, 0] == config.latent_token_id).nonzero():
@@ -370,7 +373,7 @@ class MultiCoCo(nn.Module):
         super().__init__()
         c = self.config = config
         self.activation_checkpointing = False
-        # supervised tokens of the latest labelled batch that it would have written
+        # of the latest labelled batch: how many targets were the likeliest token, set by forward
         self.num_correct = None
         self.vision_model = timm.models.VisionTransformer(
             img_size=c.image_size, patch_size=c.patch_size, embed_dim=c.vision_hidden_size,
@@ -388,7 +391,8 @@ class MultiCoCo(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """
-        From scratch: logits start near scale 1, and a thought has the scale of an embedding, 0.35.
+        From scratch. Embeddings and the final norm have scale 0.35, so that a thought has the scale
+        of an embedding; with a tied head 64 wide, as in config/toy.py, logits start near scale 1.
         """
         c = self.config
         for name, module in self.named_modules():
@@ -456,14 +460,14 @@ class MultiCoCo(nn.Module):
             if len(keep) != P:
                 raise ValueError(f'image_flags has {len(keep)} entries for {P} tiles: give one a '
                                  'tile')
-            # counted before tiles are dropped
+            # num_tiles may count the tiles that are dropped here
             if num_tiles is not None and int(num_tiles.sum()) == P:
                 num_tiles = torch.stack([part.sum() for part in keep.split(num_tiles.tolist())])
             pixel_values, P = pixel_values[keep], int(keep.sum())
         tiles = [count // N for count in layout.image_tokens]
         if num_tiles is not None:
             tiles = num_tiles.tolist()
-        used = 0
+        used = 0  # tiles up to this row: they have to end at exactly P
         for b, (count, row_tiles) in enumerate(zip(layout.image_tokens, tiles)):
             used += row_tiles
             if count != row_tiles * N:
@@ -550,7 +554,7 @@ class MultiCoCo(nn.Module):
         if not len(row):
             raise ValueError('labels supervise no token of this batch: every row needs a target '
                              'behind its prompt')
-        logits = head(hidden[row, slot])                                        # [M, V]
+        logits = head(hidden[row, slot])                                        # [supervised, V]
         self.num_correct = (logits.detach().argmax(-1) == target).sum()
         return Output(F.cross_entropy(logits.float(), target), None, thoughts)
 
@@ -654,13 +658,14 @@ def sample(logits, temperature, top_p, generator=None):
     if temperature == 0:
         return logits.argmax(-1)
     p, token = (logits / temperature).softmax(-1).sort(-1, descending=True)
-    p[p.cumsum(-1) - p >= top_p] = 0
+    p[p.cumsum(-1) - p >= top_p] = 0  # what comes before this token is enough
     return token.gather(-1, torch.multinomial(p, 1, generator=generator))[:, 0]
 
 
 # --- InternVL's files -----------------------------------------------------------------------------
 EMBEDDING, HEAD = 'language_model.model.embed_tokens.weight', 'language_model.lm_head.weight'
-SUPPORTED = 'InternVL2.5 1B and 4B, InternVL3 1B, 2B, 8B and 14B, and InternVL3.5 with Qwen3 are'
+SUPPORTED = ('supported are InternVL2.5 1B and 4B, InternVL3 1B, 2B, 8B and 14B, and InternVL3.5 '
+             'with Qwen3')
 # a file's name -> ours: OpenGVLab's, the -hf files', and those that transformers has in memory
 RENAMED = (
     (r'^vision_model\.embeddings\.class_embedding$', 'vision_model.cls_token'),
@@ -686,7 +691,7 @@ RENAMED = (
     (r'^multi_modal_projector\.linear_2\.', 'mlp1.3.'))
 # buffers that some scripts save
 COMPUTED = re.compile(r'.+\.rotary_emb\.inv_freq|.+\.position_ids')
-EXPECTED = (  # values of config.json that this code computes with; the first is what silence means
+EXPECTED = (  # values of config.json that this code computes with, where they are given
     ('text', 'model_type', ('', 'qwen2', 'qwen3')), ('text', 'hidden_act', ('silu',)),
     ('text', 'partial_rotary_factor', (1.0,)),
     ('', 'quantization_config', (None,)),
@@ -714,7 +719,7 @@ def fetch(name_or_path):
     wanted = dict(allow_patterns=['*.json', '*.safetensors', '*.txt'])
     try:
         folder = snapshot_download(name_or_path, local_files_only=True, **wanted)
-        weight_files(folder)
+        weight_files(folder)  # raises where files are missing
         return folder
     except (OSError, ValueError):
         pass  # not in the cache, or not whole there: ask the hub
@@ -822,8 +827,9 @@ def refuse(c, text, vision, source):
     if rope.get('partial_rotary_factor', 1.0) != 1.0:
         reasons.append(f'its partial_rotary_factor is {rope["partial_rotary_factor"]}')
     if not reasons and text.get('use_sliding_window') and text.get('sliding_window'):
-        layers = text.get('layer_types') or ['sliding_attention'] * (
-            text['num_hidden_layers'] > text.get('max_window_layers', 28))
+        layers = text.get('layer_types') or []
+        if not layers and text['num_hidden_layers'] > text.get('max_window_layers', 28):
+            layers = ['sliding_attention']  # older configs: those from max_window_layers on
         longest = text['max_position_embeddings']
         if 'sliding_attention' in layers and text['sliding_window'] < longest:
             reasons.append(f'its decoder sees a sliding_window of {text["sliding_window"]} tokens')
@@ -847,6 +853,11 @@ def read_config(c, embedding, tokenizer, source):
     texts = [c[key] for key in ('llm_config', 'text_config') if c.get(key)]
     fit = [t for t in texts if [t.get('vocab_size'), t.get('hidden_size')] == embedding]
     text, vision = (fit or texts or [{}])[0], c.get('vision_config') or {}
+    opengvlab = 'text_config' not in c
+    if opengvlab:  # what silence means to OpenGVLab's classes; transformers' know v2 alone
+        c = {'ps_version': 'v1', **c}
+        vision = {'qk_normalization': True, 'norm_type': 'rms_norm', 'qkv_bias': False, **vision}
+    # what is not supported is said before shapes that differ
     if fit or text.get('model_type') not in ('qwen2', 'qwen3') or c.get('use_llm_lora'):
         refuse(c, text, vision, source)
     if not fit:
@@ -858,8 +869,8 @@ def read_config(c, embedding, tokenizer, source):
         value = vision.get(key, default)
         return value[0] if isinstance(value, list) else value
 
-    def token(text):
-        return tokenizer.convert_tokens_to_ids(text)
+    def token(name):
+        return tokenizer.convert_tokens_to_ids(name)
 
     qwen3 = text['model_type'] == 'qwen3'
     rope = text.get('rope_parameters') or {}
@@ -868,8 +879,6 @@ def read_config(c, embedding, tokenizer, source):
     if scaling.get('original_max_position_embeddings'):
         longest = min(longest, scaling['original_max_position_embeddings'])
     width, heads = text['hidden_size'], text['num_attention_heads']
-    # silent on it, OpenGVLab's class means v1; transformers' class knows v2 alone
-    shuffle = c.get('ps_version') or 'v1' if 'llm_config' in c else 'v2'
     return Config(
         vocab_size=max(embedding[0], len(tokenizer)), hidden_size=width,
         intermediate_size=text['intermediate_size'], num_hidden_layers=text['num_hidden_layers'],
@@ -883,7 +892,8 @@ def read_config(c, embedding, tokenizer, source):
         vision_num_heads=vision['num_attention_heads'],
         vision_layer_norm_eps=vision.get('layer_norm_eps', 1e-6), patch_size=side('patch_size', 14),
         image_size=c.get('force_image_size') or side('image_size', 448),
-        downsample_ratio=c.get('downsample_ratio', 0.5), ps_version=shuffle,
+        downsample_ratio=c.get('downsample_ratio', 0.5),
+        ps_version=c['ps_version'] if opengvlab else 'v2',
         image_token_id=token(IMG_CONTEXT), latent_token_id=token(LATENT),
         eos_token_ids=(token('<|im_end|>'), token('<|endoftext|>')),
         pad_token_id=token('<|endoftext|>'))
@@ -920,7 +930,7 @@ def read_pretrained(name_or_path, dtype):
     text = c.get('text_config') or c.get('llm_config')
     tied = c.get('tie_word_embeddings')
     if tied is None:
-        tied = text.get('tie_word_embeddings', 'llm_config' not in c)
+        tied = text.get('tie_word_embeddings', 'text_config' in c)
     if HEAD in weights:
         tied = tied and torch.equal(weights[HEAD], weights[EMBEDDING])
     elif tied:

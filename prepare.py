@@ -125,12 +125,12 @@ def build_text(row, stage, mode='coconut', c_thought=2, max_latent_stage=4, pad_
     steps = list(row.get('steps') or ())
     if mode == 'cot':
         stage = 0
-    replaced = min(stage, max_latent_stage)  # steps that thoughts stand for
+    hidden = min(stage, max_latent_stage)  # steps that thoughts stand for
     if steps and not pad_latent_to_max:
-        replaced = min(replaced, len(steps))
+        hidden = min(hidden, len(steps))
     hide_all = mode == 'no_cot' or stage > max_latent_stage
     lines = [] if hide_all else steps[stage:]
-    thoughts = 0 if mode in ('cot', 'no_cot', 'no_thoughts') else replaced * c_thought
+    thoughts = 0 if mode in ('cot', 'no_cot', 'no_thoughts') else hidden * c_thought
     bridge = ''
     if visual_bridge and row.get('image'):
         if stage:
@@ -231,7 +231,7 @@ def batches(rows, groups, num_workers=0, pin_memory=False):
     """
     loader = torch.utils.data.DataLoader(
         rows, batch_sampler=groups, collate_fn=collate, num_workers=num_workers,
-        pin_memory=pin_memory, generator=torch.Generator(),
+        pin_memory=pin_memory, generator=torch.Generator(),  # not the global one: nothing is drawn
         worker_init_fn=leave_signals_to_the_parent)
     try:
         yield from loader
@@ -307,7 +307,7 @@ def name_pattern(name):
     return re.compile(pattern, re.I)
 
 
-class Answer:
+class AnswerReader:
     """An answer's text, as `plain` gives it, and where it says options by letter or by name."""
 
     def __init__(self, text, choices):
@@ -442,7 +442,7 @@ class Answer:
             return said.pop() if len(said) == 1 else -1
         words = [match.end() for match in re.finditer(ANSWER_IS, self.text, re.I)]
         lines = self.text[max(words, default=0):].strip().split('\n')
-        return Answer(lines[-1], self.names).only_name()
+        return AnswerReader(lines[-1], self.names).only_name()
 
 
 def fits_template(text, template, letter, choice):
@@ -474,12 +474,12 @@ def extract_choice(text, choices, template='', ended=True):
             return fitting[0], True
     if not ended:
         text = re.sub(r'\S+\s*$', '', text)
-    option = Answer(plain(text), options).read(ended)
+    option = AnswerReader(plain(text), options).read(ended)
     return (0, False) if option in (None, -1) else (option, True)
 
 
 # --- free answers ---------------------------------------------------------------------------------
-NUMBERS = ('none zero one two three four five six seven eight nine ten').split()
+NUMBERS = 'zero one two three four five six seven eight nine ten'.split()
 
 
 def normalised(text):
@@ -492,7 +492,7 @@ def normalised(text):
     text = re.sub(r'-(?!\d)|(?<=\w)-|[;/\[\]"{}()=+\\_><@`?!,:#*]', ' ', text)
     text = re.sub(r'\.(?!\d)', '', text)                         # but 1.5
     words = [word for word in text.split() if word not in ('a', 'an', 'the')]
-    words = [str(NUMBERS.index(word) - 1) if word in NUMBERS[1:] else word for word in words]
+    words = [str(NUMBERS.index(word)) if word in NUMBERS else word for word in words]
     return ' '.join(words)
 
 
@@ -506,7 +506,8 @@ def free_answer_is(text, row, template):
 
     said, known = last_line(text), last_line(fill(template, row))
     wanted = {normalised(known), normalised(last_line(row['answer']))}
-    return normalised(said) in wanted if normalised(said) else said == known, said == known
+    same = normalised(said) in wanted if normalised(said) else said == known
+    return same, said == known
 
 
 def check_round_trip(rows, template):
@@ -575,7 +576,7 @@ def grey_to_8_bits(image):
     """
     grey = np.asarray(image).astype(np.float64)
     finite = np.isfinite(grey)
-    low, high = grey[finite].min(initial=0), grey[finite].max(initial=0)
+    low, high = (grey[finite].min(), grey[finite].max()) if finite.any() else (0, 0)
     grey = np.where(finite, grey, low)
     scales = [2 ** bits - 1 for bits in (8, 10, 12, 14, 16)]
     if image.mode == 'F':
@@ -729,7 +730,7 @@ class Rows(torch.utils.data.Dataset):
                                 max_tiles=self.tiles['max_tiles'])
             visual = tiles * self.shape['num_image_tokens'] + 2                 # <img> and </img>
         markers, end = 2 * bool(thoughts), 1
-        texts = count(prompt.replace('<image>', '')) + count(target or '')
+        texts = sum(count(part) for part in prompt.split('<image>')) + count(target or '')
         return visual + texts + thoughts + markers + end
 
     def fits(self, i):
@@ -776,7 +777,7 @@ def fitting_rows(split, stage, rows=None, **knobs):
 
 
 def digest(folder, *splits):
-    """Tells whether two runs saw the same rows."""
+    """A hash by which two runs can tell whether they saw the same rows."""
     content = b''.join(open(split_file(folder, split), 'rb').read() for split in splits)
     return hashlib.sha256(content).hexdigest()
 
@@ -1015,7 +1016,7 @@ def cut_name(path):
 
 
 def split_of(name):
-    """The only split that a file's or a folder's name says; '' for none or several."""
+    """The word for the only split that a file's or folder's name says; '' for none or several."""
     found = {SPLIT_WORDS[word]: word for word in words_of(name) if word in SPLIT_WORDS}
     return found.popitem()[1] if len(found) == 1 else ''
 
@@ -1112,13 +1113,13 @@ def read_raw(dataset, data_dir):
                 for split, paths in files.items()}
     else:
         rows = read_arrow(dataset, files, data_dir)
-    if list(rows) == ['train'] and local:
+    if list(rows) == ['train']:
         train = rows['train']
         held = max(1, len(train) // 20)
         if len(train) < 2:
             raise ValueError(f'{dataset} holds {len(train)} row(s) and no validation file stands '
                              'beside it: give two rows or more')
-        print(f'no validation file beside {dataset}: the last {held} rows are held out')
+        print(f'no validation rows beside {dataset}: its last {held} rows are held out')
         first = len(train) - held
         if isinstance(train, list):
             rows = dict(train=train[:first], validation=train[first:])
@@ -1293,9 +1294,7 @@ def holds(path, data):
 def prepare(raw, folders, data_dir, steps_from, max_latent_stage, image_size, max_tiles,
             cache_tiles):
     """
-    split -> prepared rows. Filters, writes images and tiles, and last, when all is known to be
-    right, the {split}.jsonl files; those of an earlier preparation are removed. Says what it
-    dropped and why.
+    split -> prepared rows: checks all, then writes images and tiles. Says what it dropped and why.
     """
     splits = [Split(rows, split, folders, steps_from, max_latent_stage)
               for split, rows in raw.items()]
@@ -1336,6 +1335,7 @@ def train_tokenizer(texts, folder, vocab_size=512):
 
 
 def write_splits(prepared, data_dir):
+    """Writes the {split}.jsonl files, and removes those that an earlier preparation had left."""
     for split in SPLITS:
         path = split_file(data_dir, split)
         if split in prepared:

@@ -122,7 +122,7 @@ def to_opengvlab(folder):
     v = c['vision_config']
     vision = dict(hidden_size=v['hidden_size'], intermediate_size=v['intermediate_size'],
                   num_hidden_layers=v['num_hidden_layers'], num_attention_heads=v['num_attention_heads'],
-                  patch_size=14, image_size=56, qkv_bias=True, qk_normalization=False)
+                  patch_size=14, image_size=56, qkv_bias=True, qk_normalization=False, norm_type='layer_norm')
     json.dump(dict(model_type='internvl_chat', downsample_ratio=0.5, ps_version='v2', select_layer=-1,
                    force_image_size=56, llm_config=llm, vision_config=vision), open(f'{folder}/config.json', 'w'))
 
@@ -877,6 +877,19 @@ def test_images_of_all_kinds(tmp_path):
         prepare.load_image(str(tmp_path / 'none.png'))
 
 
+def test_lengths_are_those_of_the_tokens_whatever_stands_around_the_image(tmp_path):
+    """A tokenizer that merges line ends: those before and behind the image must not be counted as one."""
+    prepare.train_tokenizer(['a\n\nb\n\nc\n\n'] * 20, str(tmp_path))
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert len(tokenizer.encode('\n\n')) == 1
+    row = dict(ROW, image_size=(56, 56))
+    text = dict(template='chatml', prompt='\n<image>\n{question}')
+    tiles = torch.zeros(1, 3, 56, 56, dtype=torch.uint8)
+    ids = prepare.encode(row, tokenizer, 1, tiles, num_image_tokens=4, **text)['input_ids']
+    rows = prepare.Rows([row], 'train', 1, tokenizer, image_size=56, num_image_tokens=4, **text)
+    assert rows.length(0) == len(ids)
+
+
 def test_the_tile_cache(tmp_path, monkeypatch):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(tmp_path / 'a.png')
     row = dict(image='a.png', image_hash='0')
@@ -1139,7 +1152,7 @@ def test_what_is_not_used_is_named(tmp_path):
     dataset = own_rows(tmp_path / 'in', 'mine.jsonl', 4, picture='x.png', image_2='1.png')
     said = prepared(tmp_path / 'out', dataset)
     assert 'columns not used: picture, image_2' in said
-    assert 'no validation file beside' in said
+    assert 'no validation rows beside' in said
     (tmp_path / 'in' / 'chat.jsonl').write_text('{"image": "0.png", "conversations": [{"from": "human"}]}\n' * 3)
     said = prepared(tmp_path / 'out2', tmp_path / 'in' / 'chat.jsonl', fails=True)
     assert 'has no column question but conversations: rows are read by the names question, image' in said
@@ -1385,6 +1398,9 @@ def test_a_silent_config_means_what_its_class_does(tmp_path):
     save_tiny(tmp_path, layout='opengvlab')
     edit_files(tmp_path, config=change_config(ps_version=None))
     assert MultiCoCo.from_pretrained(str(tmp_path)).config.ps_version == 'v1'
+    edit_files(tmp_path, config=change_config(vision_config__norm_type=None))
+    with pytest.raises(ValueError, match='its vision norm_type is rms_norm, not layer_norm'):
+        MultiCoCo.from_pretrained(str(tmp_path))
 
 
 def test_files_beside_the_weights(tmp_path):

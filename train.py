@@ -53,7 +53,7 @@ from sample import ask, describe, peak_memory, pick_device, pick_dtype, summariz
 
 # --- knobs: data ----------------------------------------------------------------------------------
 data_dir = 'data/aokvqa'        # what prepare.py made
-max_tiles = 8                   # as prepared, or the cache is not used
+max_tiles = 8                   # as prepared, or tiles are cut anew
 image_size = 448                # side of a tile in pixels, for init_from='scratch'
 cache_tiles = True
 max_length = 2560               # tokens; rows that need more are dropped and counted
@@ -147,6 +147,7 @@ def preview(now, row_knobs, text_knobs, rates, uniform_prob):
 
     def text(ids):
         repeated = re.compile(r'(<[^<>\s]+>)\1+')
+        # <x><x><x> becomes <x>*3
         return repeated.sub(lambda m: f'{m[1]}*{len(m[0]) // len(m[1])}', tokenizer.decode(ids))
 
     def span(numbers):
@@ -223,7 +224,8 @@ def draw_curves(path, metrics):
     low.semilogy(steps, [event['loss'] for event in evaluated], 'o', ms=3, label='validation')
     low.set(ylabel='loss', xlabel='optimizer steps')
     low.legend(fontsize=7)
-    for stage, end in {event['stage']: event['step'] for event in evaluated}.items():
+    last_step = {event['stage']: event['step'] for event in evaluated}
+    for stage, end in last_step.items():
         top.text(end, 4, f'stage {stage} ', ha='right', fontsize=7)
         top.axvline(end, color='grey', lw=0.5)
         low.axvline(end, color='grey', lw=0.5)
@@ -267,7 +269,7 @@ if __name__ == '__main__':  # data workers import this file again where processe
         splits.append('test')
     # refuses before a model is there
     build_text(read_split(data_dir, 'validation')[0], 0, **text_knobs)
-    for split in splits if eval_only else ['train', *splits]:
+    for split in (splits if eval_only else ['train', *splits]):
         check_round_trip(read_split(data_dir, split), answer)
     held = glob.glob(os.path.join(out_dir, '*.pt'))
     if held and init_from != 'resume' and not (overwrite or dry_run):
@@ -294,7 +296,7 @@ if __name__ == '__main__':  # data workers import this file again where processe
         """
         Ends the script, and first the group of ranks: its threads may not outlive the interpreter.
         """
-        global network
+        global network  # the DDP wrapper, made below
         network = None  # the threads end with the last reference to the group
         if world > 1:
             dist.destroy_process_group()
@@ -331,10 +333,10 @@ if __name__ == '__main__':  # data workers import this file again where processe
     model.to(device).set_activation_checkpointing(activation_checkpointing)
     model.vision_model.requires_grad_(not freeze_vision)
     edit_thought = model.as_pause if mode == 'pause' else None
-    parts = dict(vision=model.vision_model, projector=model.mlp1, language=model.language_model)
-    for name, part in parts.items():
-        size = sum(p.numel() for p in part.parameters()) / 1e6
-        frozen = '' if any(p.requires_grad for p in part.parameters()) else ', frozen'
+    modules = dict(vision=model.vision_model, projector=model.mlp1, language=model.language_model)
+    for name, module in modules.items():
+        size = sum(p.numel() for p in module.parameters()) / 1e6
+        frozen = '' if any(p.requires_grad for p in module.parameters()) else ', frozen'
         print(f'{name:>10}: {size:8.3f}M parameters{frozen}')
 
     # --- provenance -------------------------------------------------------------------------------
@@ -345,7 +347,7 @@ if __name__ == '__main__':  # data workers import this file again where processe
         versions={'python': platform.python_version(),
                   **{p: importlib.metadata.version(p)
                      for p in ('torch', 'transformers', 'tokenizers', 'timm', 'numpy')}})
-    run_path, starts = os.path.join(out_dir, 'run.json'), []
+    run_path, starts = os.path.join(out_dir, 'run.json'), []  # starts: provenance of each
     if os.path.isfile(run_path) and (eval_only or init_from == 'resume'):
         with open(run_path) as f:
             starts = json.load(f)
@@ -381,7 +383,9 @@ if __name__ == '__main__':  # data workers import this file again where processe
             f.write(json.dumps(line) + '\n')
         if wandb_run:
             numbers = {k: v for k, v in line.items() if isinstance(v, (int, float)) and k != 'step'}
-            wandb_run.log({f'{event}/{k}': v for k, v in numbers.items()}, step=step)
+            name = f'{event}/{values["split"]}' if 'split' in values else event
+            wandb_run.log({f'{name}/{k}': v for k, v in numbers.items()},
+                          step=max(step, wandb_run.step))  # best.pt's is an earlier one
 
     # --- evaluation -------------------------------------------------------------------------------
     row_knobs = dict(tokenizer=tokenizer, data_dir=data_dir, image_size=config.image_size,
@@ -413,14 +417,14 @@ if __name__ == '__main__':  # data workers import this file again where processe
             answers += zip(group, found)
             seconds += took
         if all('answer' in row for row in rows):
-            told = Rows(rows, split, stage, **row_knobs)
-            for group, batch in zip(groups, batches(told, groups, **loading)):
+            with_answers = Rows(rows, split, stage, **row_knobs)
+            for group, batch in zip(groups, batches(with_answers, groups, **loading)):
                 n = supervised(batch)
                 with autocast:
                     loss = model(**batch, edit_thought=edit_thought).loss.item()
                 losses.append((group[0], loss * n, n))
         answers = sorted(sum(all_ranks(answers), []), key=lambda pair: pair[0])
-        losses = sorted(sum(all_ranks(losses), []))
+        losses = sorted(sum(all_ranks(losses), []))  # added up in one order, whatever the ranks
         metrics = summarize([found for _, found in answers], sum(all_ranks(seconds)))
         if losses:  # mean cross entropy over the supervised tokens
             metrics['loss'] = sum(loss for _, loss, _ in losses) / sum(n for _, _, n in losses)
@@ -488,11 +492,12 @@ if __name__ == '__main__':  # data workers import this file again where processe
             done, total = step - now.first_step, now.steps * now.epochs
         if done < warmup_steps:
             return now.peak * (done + 1) / warmup_steps
-        part = (done - warmup_steps) / max(1, total - warmup_steps)
-        return now.peak * (min_lr_ratio + (1 - min_lr_ratio) * (1 + math.cos(math.pi * part)) / 2)
+        progress = (done - warmup_steps) / max(1, total - warmup_steps)
+        cosine = (1 + math.cos(math.pi * progress)) / 2
+        return now.peak * (min_lr_ratio + (1 - min_lr_ratio) * cosine)
 
     def new_optimizer():
-        """AdamW; weight decay on matrices only."""
+        """AdamW; weight decay on all but biases and norms."""
         trained = [p for p in model.parameters() if p.requires_grad]
         groups = [dict(params=[p for p in trained if p.dim() >= 2]),
                   dict(params=[p for p in trained if p.dim() < 2], weight_decay=0.0)]
@@ -501,9 +506,9 @@ if __name__ == '__main__':  # data workers import this file again where processe
 
     optimizer = new_optimizer()
     sample_rows = Rows(stages[0].rows[:64], 'train', stage, **row_knobs)
-    share = batch_size / len(sample_rows)
-    tokens = sum(sample_rows.length(i) for i in range(len(sample_rows))) * share
-    images = sum('image' in row for row in sample_rows.rows) * share
+    scale = batch_size / len(sample_rows)
+    tokens = sum(sample_rows.length(i) for i in range(len(sample_rows))) * scale
+    images = sum('image' in row for row in sample_rows.rows) * scale
     print(f'{batch_size} rows a step: {world} rank(s), {batch_size // world // micro} '
           f'micro-batch(es) of {micro}; about {tokens:.0f} tokens and {images:.0f} '
           f'images\n{len(stage_of_epoch)} epochs, {total_steps} steps; {dtype} on '
@@ -532,11 +537,11 @@ if __name__ == '__main__':  # data workers import this file again where processe
         random.setstate(saved['random'][0])
         np.random.set_state(saved['random'][1])
         torch.set_rng_state(saved['random'][2])
-        knobs['init_from'] = saved['knobs']['init_from']
+        knobs['init_from'] = saved['knobs']['init_from']  # where the run came from, not 'resume'
         with open(os.path.join(out_dir, 'metrics.jsonl'), 'rb') as f:
             lines = f.read()[:saved['log_size']]  # what came after will be logged again
         print(f'resumed in stage {stage} after {epoch} epochs, {step} steps')
-    saved = None
+    saved = None  # frees its copy of weights and optimizer
     if not rank:
         patterns = ['*.part']  # what a killed process was writing
         if init_from != 'resume':  # with overwrite: the earlier run
@@ -582,7 +587,7 @@ if __name__ == '__main__':  # data workers import this file again where processe
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
-    # where a row has no image the vision tower has no gradient in some batches
+    # without an image in a batch the vision tower has no gradient
     images_everywhere = all(row.get('image') for now in stages for row in now.rows)
     network = model
     if world > 1:
@@ -591,7 +596,7 @@ if __name__ == '__main__':  # data workers import this file again where processe
         save('last.pt', resumable=True)  # from here on the run can be killed at any moment
 
     # --- the loop ---------------------------------------------------------------------------------
-    # place: trained, not evaluated
+    # place > 0: this epoch is trained in part or whole, but not evaluated
     while epoch < len(stage_of_epoch) and (step < last_step or place):
         now = stage_of_epoch[epoch]
         if now.stage != stage:
@@ -600,7 +605,7 @@ if __name__ == '__main__':  # data workers import this file again where processe
                 optimizer = new_optimizer()
         order = np.random.default_rng((seed, epoch)).permutation(len(now.rows)).tolist()
         groups = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
-        # none for this rank: one, weight 0
+        # a rank without rows takes one that counts 0, so that DDP stays in step
         own = [group[rank::world] or group[:1] for group in groups]
         training = Rows(now.rows, 'train', stage, uniform_prob=uniform_prob, epoch=epoch,
                         **row_knobs)
@@ -650,7 +655,6 @@ if __name__ == '__main__':  # data workers import this file again where processe
             sums.update(steps=1, loss=loss, grad_norm=norm, tokens=tokens, images=images)
             if step % log_interval == 0 or step == last_step:
                 seconds = time.time() - since
-                sums['seconds'] += seconds
                 embeddings = model.language_model.model.embed_tokens.weight.norm(dim=-1).mean()
                 fed = out.thoughts.detach().norm(dim=-1)                        # [B, n]
                 ratio = (fed[fed > 0].mean() / embeddings).item() if fed.any() else 0.0
@@ -667,10 +671,10 @@ if __name__ == '__main__':  # data workers import this file again where processe
                       f'{v["memory_gb"]:5.2f} GB | ETA {eta // 60:3d}m{eta % 60:02d}s', flush=True)
                 log('train', **v)
                 meter, since = Counter(), time.time()
+            sums['seconds'] += time.time() - waiting
             if save_every and step % save_every == 0 and place < len(groups):
                 save('last.pt', resumable=True)  # at the epoch's end it is saved anyway
             waiting = time.time()
-        sums['seconds'] += time.time() - since
         save('last.pt', resumable=True)  # before the evaluation: a kill there costs nothing but it
         metrics, answers = evaluate(now.validation, 'validation')
         whole, accuracy = place == len(groups), metrics['accuracy']
@@ -682,10 +686,10 @@ if __name__ == '__main__':  # data workers import this file again where processe
                   f'{row["answer"]!r}', flush=True)
         log('eval', **metrics)
         key = [stage, accuracy, -metrics['loss']]
-        if best is None or key >= best:
+        # inside an epoch max_steps may end a run; resumed, it is as if that had not been
+        if best is None or (whole and key >= best):
             best = key
             save('best.pt')
-        # max_steps may end a run inside an epoch: resumed, it is as if it had not been asked
         if whole:
             n, seconds = sums['steps'], sums['seconds']
             write(f'metrics_epoch_{epoch}.json', dict(
@@ -694,7 +698,8 @@ if __name__ == '__main__':  # data workers import this file again where processe
                 tokens_per_s=sums['tokens'] / seconds, images_per_s=sums['images'] / seconds))
             sums = Counter()
             save(f'epoch_{epoch}.pt')
-            for k in range(1, epoch - keep_epochs + 1):  # stages' last epochs always stay
+            # those that end a stage always stay
+            for k in range(1, min(epoch - keep_epochs + 1, len(stage_of_epoch))):
                 path = os.path.join(out_dir, f'epoch_{k}.pt')
                 if stage_of_epoch[k - 1] is stage_of_epoch[k] and os.path.isfile(path) and not rank:
                     os.remove(path)

@@ -666,7 +666,7 @@ def test_a_run_starts_at_a_stage_from_a_checkpoint(run):
 @pytest.mark.parametrize('mode', ('cot', 'no_cot', 'pause', 'no_thoughts'))
 def test_modes_run(run, mode):
     top, _ = run
-    script('train.py', *TOY, f'--data_dir={top}/data', f'--out_dir={top}/{mode}', f'--mode={mode}', '--max_steps=4')
+    script('train.py', *TOY, f'--data_dir={top}/data', f'--out_dir={top}/{mode}', f'--mode={mode}')
     assert events(top / mode, 'final')[-1]['split'] == 'test'
     said = script('experiments/probe.py', f'--ckpt={top}/{mode}/best.pt')
     swap = [record for record in json.load(open(top / mode / 'probe_test.json')) if record['name'] == 'swap']
@@ -684,7 +684,7 @@ def test_pause_feeds_nothing_back(run):
     # a learning rate of 0: the weights that the log speaks of are those on the disk
     out = top / 'still'
     args = [*TOY, f'--data_dir={top}/data', '--max_length=128', '--mode=pause']
-    script('train.py', *args, f'--out_dir={out}', '--learning_rate=0', '--learning_rate_stage0=0', '--max_steps=4')
+    script('train.py', *args, f'--out_dir={out}', '--learning_rate=0', '--learning_rate_stage0=0')
     model, tokenizer, _ = load_checkpoint(str(out / 'best.pt'))
     table, ids = model.embed_text(torch.arange(model.config.vocab_size)).detach(), tokenizer.convert_tokens_to_ids
     pause, usual = table[model.config.latent_token_id].norm().item(), table.norm(dim=-1).mean().item()
@@ -928,6 +928,8 @@ def test_epoch_files_that_stay(run, tmp_path):
     assert sorted(path.name for path in (tmp_path / 'out').glob('epoch_*.pt')) == ['epoch_2.pt']
     script('train.py', *args, '--init_from=resume')
     assert sorted(path.name for path in (tmp_path / 'out').glob('epoch_*.pt')) == ['epoch_3.pt', 'epoch_6.pt']
+    script('train.py', *args, f'--out_dir={tmp_path}/none', '--keep_epochs=0')
+    assert sorted(path.name for path in (tmp_path / 'none').glob('epoch_*.pt')) == ['epoch_3.pt', 'epoch_6.pt']
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path):
