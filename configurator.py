@@ -1,13 +1,14 @@
 """
-Config files and flags over a script's defaults. A script keeps plain assignments and updates its globals once:
+Config files and flags over a script's defaults. A script keeps plain assignments and updates its
+globals once:
 
     batch_size = 32      # a knob: a public name at the top of a script, a bool, int, float or str
     globals().update(configure(globals()))
 
     python train.py config/toy.py --seed=1 --mode pause
 
-Files first, then flags, wherever they stand. The default's type is the knob's. A config file may also
-set knobs of the other scripts, so that one recipe serves all; anything else is an error.
+Files first, then flags, wherever they stand. The default's type is the knob's. A config file may
+also set knobs of the other scripts, so that one recipe serves all; anything else is an error.
 """
 import ast
 import difflib
@@ -32,7 +33,7 @@ def knob_names(script):
 
 
 def parse(defaults, argv, elsewhere=()):
-    """(knob -> default, arguments, other scripts' knobs) -> (knob -> value, knob -> where set). Pure."""
+    """(knob -> default, arguments, others' knobs) -> (knob -> value, knob -> where set). Pure."""
     values, sources, files, flags, rest = dict(defaults), {}, [], [], iter(argv)
     for arg in rest:
         if not arg.startswith('--'):
@@ -105,17 +106,18 @@ def configure(module):
 
 def one_sentence(kind, error, trace):
     """
-    For sys.excepthook: what our own code raises for the user, in a line that begins with raise, is one
-    sentence; any other error keeps its traceback, also one in code that was changed here.
+    For sys.excepthook: what our own code raises for the user, in a line that begins with raise, is
+    one sentence; any other error keeps its traceback, also one in code that was changed here.
     """
     script = os.path.basename(sys.argv[0])
     if kind is KeyboardInterrupt:
         print(f'\n{script}: stopped by Ctrl-C; what was saved is whole', file=sys.stderr)
         os._exit(130)  # not past the data workers, which would each add a traceback
-    for worker in multiprocessing.active_children():  # they ignore signals, and Python waits for them
+    for worker in multiprocessing.active_children():  # they ignore signals: Python would wait
         worker.kill()
     last = traceback.extract_tb(trace)[-1]
-    ours = os.path.dirname(os.path.abspath(last.filename)) in (HERE, os.path.join(HERE, 'experiments'))
+    folder = os.path.dirname(os.path.abspath(last.filename))
+    ours = folder in (HERE, os.path.join(HERE, 'experiments'))
     meant = ours and (last.line or '').strip().startswith('raise ')
     if issubclass(kind, (ValueError, OSError)) and meant:
         print(f'{script}: {error}', file=sys.stderr)

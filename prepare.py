@@ -521,8 +521,8 @@ def check_round_trip(rows, template):
                 read = f'as {LETTERS[option]}' if parsed else 'as no option'
                 raise ValueError(
                     f'answer={template!r} makes {text!r} of row {row.get("question_id")}, which is '
-                    f'read back {read}, not as {LETTERS[row["correct_choice_idx"]]}: use {{letter}} or '
-                    '{choice} in it')
+                    f'read back {read}, not as {LETTERS[row["correct_choice_idx"]]}: use '
+                    '{letter} or {choice} in it')
 
 
 # --- files and images -----------------------------------------------------------------------------
