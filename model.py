@@ -693,6 +693,7 @@ RENAMED = (
 COMPUTED = re.compile(r'.+\.rotary_emb\.inv_freq|.+\.position_ids')
 EXPECTED = (  # values of config.json that this code computes with, where they are given
     ('text', 'model_type', ('', 'qwen2', 'qwen3')), ('text', 'hidden_act', ('silu',)),
+    ('text', 'is_causal', (True,)),
     ('text', 'partial_rotary_factor', (1.0,)),
     ('', 'quantization_config', (None,)),
     ('', 'use_llm_lora', (0,)), ('', 'use_backbone_lora', (0,)),
@@ -850,7 +851,7 @@ def read_config(c, embedding, tokenizer, source):
     by name. embedding: shape of the embedding. Some copies carry a wrong llm_config beside a right
     text_config.
     """
-    texts = [c[key] for key in ('llm_config', 'text_config') if c.get(key)]
+    texts = [c[key] for key in ('text_config', 'llm_config') if c.get(key)]
     fit = [t for t in texts if [t.get('vocab_size'), t.get('hidden_size')] == embedding]
     text, vision = (fit or texts or [{}])[0], c.get('vision_config') or {}
     opengvlab = 'text_config' not in c
@@ -885,7 +886,8 @@ def read_config(c, embedding, tokenizer, source):
         num_attention_heads=heads, num_key_value_heads=text['num_key_value_heads'],
         head_dim=text.get('head_dim') or (128 if qwen3 else width // heads),
         attention_bias=not qwen3, qk_norm=qwen3, rms_norm_eps=text.get('rms_norm_eps', 1e-6),
-        rope_theta=float(rope.get('rope_theta') or text.get('rope_theta') or 1e4),
+        rope_theta=float(rope.get('rope_theta') or scaling.get('rope_theta')
+                         or text.get('rope_theta') or 1e4),
         max_position_embeddings=longest, vision_hidden_size=vision['hidden_size'],
         vision_intermediate_size=vision['intermediate_size'],
         vision_num_layers=vision['num_hidden_layers'],

@@ -267,14 +267,21 @@ WRONG = re.compile(r'\W*(?:is|was|are|seems)(?:\s+(?:\w+\s+)?(?:not|wrong|incorr
                    re.I)
 NEGATED = re.compile(r'(?:\b(?:not|no|never|neither|nor|none|without|nicht|kein\w*|pas)\b|n\'t\b'
                      r'|不是?|没|沒|非)(?:(?!\bbut\b|是)[^.,;:!?\n。，]){0,24}$', re.I)
-JOINED = re.compile(r'[\s)\]"\'>]*(?:[,/&|、或和]|\b(?:or|and|und|oder|et|ou)\b)+'
-                    r'\s*(?:(?:or|and|the|an)\s+)?[("\'\[]*|\s+(?=[A-H][.):])', re.I)
+JOINED = re.compile(r'[\s)\]"\'>(]*(?:[,;/&|、或和]|\b(?:or|and|also|possibly|perhaps|as well as'
+                    r'|und|oder|et|ou)\b)[\s,(]*(?:(?:or|and|also|maybe|possibly|perhaps'
+                    r'|as well as|the|an)\s+)*[("\'\[]*|\s+(?=[A-H][.):])', re.I)
 ARTICLE = re.compile(r'(?:an?|the)\s+', re.I)
 LETTER = re.compile(r"([A-Ha-h])(?![\w+#]|[&'.-]\w)")
 LETTERED = re.compile(r'[A-H](?:[).:,\]|"\'>]|\s*$|\s+-\s|\s+(?:because|since|as)\b)'
                       r'|[a-h](?:[).:](?=\s|$)|\s*$)', re.M)
 BULLET = re.compile(r'[\s"\'(\[{<>#„•]*(?:\d+[.)]\s+(?=[A-H]\b))?(?:-(?!\d)\s*)?')
 UNSPACED = re.compile('[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]')  # Thai, kana, Han: no word ends
+# what takes back or only supposes the answer that follows, or the one before
+SUPPOSED = re.compile(r'(?:\b(?:not|no way|impossible|doubt|wrong|incorrect|might|never)\b|n\'t\b)'
+                      r'[^.!?,;\n]*$|\bwere\b[^.!?\n]*$', re.I)
+CORRECTED = re.compile(r'\b(?:wait|actually|on second thought|correction|hmm|sorry|i was wrong'
+                       r'|let me re\w*)\b', re.I)
+DENIED = re.compile(r'[\s:.,()\]-]*(?:no|false|wrong|incorrect)\b', re.I)
 FUNCTION_WORDS = {'yes', 'no', 'none', 'both', 'all', 'neither', 'either', 'not', 'true', 'false'}
 
 
@@ -282,6 +289,7 @@ def plain(text):
     """Text as answers are compared: one form of each character, no markup, quotes straight."""
     text = unicodedata.normalize('NFKC', text)
     text = re.sub('[“”]', '"', re.sub('[‘’´]', "'", text))
+    text = re.sub(r'[−–](?=\s?\d)', '-', text)
     text = re.sub(r'<think>.*</think>', ' ', text, flags=re.S)
     text = re.sub(r'\\(?:text|mathrm|mathbf|textbf)\{([^{}]*)\}', r'\1', text)
     text = re.sub(r'\\boxed\{([^{}]*)\}', r' answer: \1 ', text)
@@ -301,7 +309,10 @@ def name_pattern(name):
     elif first.isalpha() and not UNSPACED.match(first):
         pattern = r'(?<!\w)' + pattern
     if last.isdigit():
-        pattern += r'(?![.,]?\w)'
+        pattern += r'(?![.,]?\w)(?!\s*[+*/^=×÷:%-])'  # not a part of a sum, a time, a share
+    elif name.lower() in FUNCTION_WORDS:
+        alone = r'(?!\s*(?![A-H]\b)[\w+#])'  # 'no', 'no B', but not 'no doubt'
+        pattern = f'{pattern}(?:{alone}|(?=\\s*\\n))'
     elif last.isalpha() and not UNSPACED.match(last):
         pattern += r'(?:e?s)?(?![\w+#]|\'s\b)' if len(name) > 2 else r'(?![\w+#]|[&-]\w)'
     return re.compile(pattern, re.I)
@@ -363,27 +374,36 @@ class AnswerReader:
         said = name or letter
         if not said or WRONG.match(self.text, said[1]):
             return None
+        if re.compile(r'[\s)\]"\']*\?').match(self.text, said[1]) and self.text.strip()[-1:] != '?':
+            return None  # it is asked, not said
         option, end = said
         rest = re.compile(r'[\s().:\[\]{}"\'<>|,–-]*').match(self.text, end).end()
         second = self.letter_at(rest, capital=True) if name else self.name_at(rest)
+        if not second and DENIED.match(self.text, end):
+            return None
         if second and (name or len(self.names[second[0]]) > 1):  # letter and name say it twice
             option = -1 if self.differ(option, second[0]) else option
             end = second[1]
         if joined := JOINED.match(self.text, end):
             other = self.letter_at(joined.end(), capital=True) or self.name_at(joined.end())
-            if other and self.differ(option, other[0]):
+            denied = other and WRONG.match(self.text, other[1])
+            if other and not denied and self.differ(option, other[0]):
                 option, end = -1, other[1]
         return option, end, said is letter
 
     def said_after(self, words):
         """What is said behind each place where these words stand: (place, option)."""
         for match in re.finditer(words + LINK, self.text, re.I):
-            if said := self.said_at(match.end()):
+            said = self.said_at(match.end())
+            if said and not SUPPOSED.search(self.text[:match.start()]):
                 yield match.start(), said[0]
 
     def said_right(self):
         """What is said to be right, as in 'C is correct': (place, option)."""
         for match in RIGHT.finditer(self.text):
+            before = self.text[:match.start()]
+            if SUPPOSED.search(before) or self.text[match.end():].lstrip()[:1] == '?':
+                continue
             line = self.text.rfind('\n', 0, match.start()) + 1
             for word in re.finditer(r'(?<!\w)\w', self.text[line:match.start()]):
                 said = self.said_at(line + word.start())
@@ -429,6 +449,10 @@ class AnswerReader:
         for i, name in enumerate(self.names):
             if ended and len(name) > 1 and whole == name.strip('.!'):
                 return i
+        corrections = list(CORRECTED.finditer(self.text)) if ended else []
+        if corrections:  # what was said before is taken back
+            rest = self.text[corrections[-1].end():].lstrip(' ,.:;!-\n')
+            return AnswerReader(rest, self.names).read(ended)
         said = [*self.said_after(ANSWER_IS), *self.said_right()]
         if said or not ended:
             return max(said)[1] if said else None  # the last; text that was cut off says no more
@@ -487,11 +511,15 @@ def normalised(text):
     A free answer as VQA's evaluation compares them: case, articles, punctuation and number words do
     not count. Unlike there a minus before a digit stays, and 'none' is no number.
     """
-    text = unicodedata.normalize('NFKC', text).lower().replace('’', "'")
+    text = unicodedata.normalize('NFKC', text).lower().replace('’', "'").lstrip('# ')
+    text = re.sub(r'(?<!\w)[-−–]\s?(?=\d)', '-', text)
+    text = re.sub(r'(?<=\d)\.0+(?!\d)', '', text)                # 18.0
+    text = re.sub(r'(?<!\d)\.(?=\d)', '0.', text)                # .5
     text = re.sub(r'(?<=\d),(?=\d{3})', '', text)                # 1,000
-    text = re.sub(r'-(?!\d)|(?<=\w)-|[;/\[\]"{}()=+\\_><@`?!,:#*]', ' ', text)
+    text = re.sub(r'(?<=\w)-(?=\w)|[;/\[\]"{}()\\_@`?!,:*]', ' ', text)
     text = re.sub(r'\.(?!\d)', '', text)                         # but 1.5
-    words = [word for word in text.split() if word not in ('a', 'an', 'the')]
+    text = re.sub(r'\b(?:a|an|the)\s+(?=\S)', '', text)          # but vitamin a
+    words = text.split()
     words = [str(NUMBERS.index(word)) if word in NUMBERS else word for word in words]
     return ' '.join(words)
 

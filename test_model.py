@@ -1226,12 +1226,13 @@ SAID = {  # option -> texts that say it; None: texts that say none, or several
         'There is a dog. The answer is B. kite', 'Step 1: a dog is seen.\nStep 2: the car is red.\nB. kite',
         'A. cat\nB. kite\nC. dog\nD. car\n\nThe answer is B', 'blue\nkite B', 'not a dog but a kite',
         'The answer is not the dog, it is B', 'Answer: B (not A)'],
-    2: ['**C**', '\\boxed{C}', '$\\boxed{\\text{C}}$', '<answer>C</answer>', '<think>A or B?</think>C', '答案是C', '选C', 'Ｃ',
+    2: ['The answer is A. Wait, no. It is C.', 'Is the answer A? No, it is C.', 'The answer is C; D is wrong', '**C**', '\\boxed{C}', '$\\boxed{\\text{C}}$', '<answer>C</answer>', '<think>A or B?</think>C', '答案是C', '选C', 'Ｃ',
         'Option C.', 'C is correct. The kite is not.', 'La réponse est C', 'Ответ: C', 'dog (C)', 'It is a dog',
         'C. dog\n\nThe car is only in the background.', 'The answer is (C) dog, not car', '- C', '[[C]]', '"c"'],
     3: ['D', '#### D', '### D', 'Therefore, the answer is: **(D) car**', 'Answer\nD', "I'd go with D", 'D – car', 'D, car',
         'It is not C, it is D.', 'Option A is wrong. Option D is right.', 'Answer: the car', 'D.\n\nBecause of the wheels.'],
-    None: ['', '.', 'The', 'Z', 'E', 'The answer is E. bird', 'A kite flies.\nThe answer is E. bird', 'I do not know',
+    None: ['', "I don't think the answer is A.", 'The wrong answer is A.', 'The answer is A, possibly C.',
+           'The answer is A (or maybe C).', 'Is the answer A?  I do not know.', 'You might think the answer is A.', '.', 'The', 'Z', 'E', 'The answer is E. bird', 'A kite flies.\nThe answer is E. bird', 'I do not know',
            'A or B', 'A/B', 'A, B', '(A) or (C)', 'AB', 'A B C D', 'A. cat B. kite C. dog D. car', 'cat or dog', 'B. dog',
            'dog A', 'not A', 'Neither A nor B', 'The dog sits in the car.', 'It has a lot of vitamin C', 'carpet', 'hotdog',
            'He is in Plan B', 'None of the above', "The answer isn't A", 'A+', 'C#', 'B-52', 'D.C.', 'A.M.', 'It is not a car.']}
@@ -1250,7 +1251,9 @@ def test_answers_are_read_only_where_they_say_an_option(option):
     ('The answer is A', ['B', 'A', 'D', 'C'], 0), ('The answer is a', ['c', 'a', 'd', 'b'], 1),
     ('12', ['1', '2', '12', '21'], 2), ('1.5', ['1', '1.5', '5', '15'], 1), ('-5', ['5', '-5', '15', '25'], 1),
     ('3.', ['1', '2', '3', '4'], 2), ('$50', ['$5', '5', '$50', '50'], 2), ('not sure', ['no', 'not sure', 'yes'], 1),
-    ('No, there is none', ['yes', 'no'], 1), ('There is no dog', ['yes', 'no'], None),
+    ('No, there is none', ['yes', 'no'], 1), ('No doubt: yes', ['yes', 'no'], None), ('no B', ['yes', 'no'], 1),
+    ('The answer is 2 + 2 = 4.', ['1', '2', '3', '4'], 3), ('The answer is 5%', ['5', '6', '7', '8'], None),
+    ('The answer is −3', ['3', '-3', '4', '-4'], 1), ('There is no dog', ['yes', 'no'], None),
     ('red, white and blue', ['red', 'white', 'red, white and blue', 'blue'], 2), ('E', list('vwxyz'), 4),
     ('a black cat', ['cat', 'black cat', 'dog', 'car'], 1), ('t-shirt', ['t shirt', 'shirt', 'hat', 'shoe'], 0),
     ('不是狗', ['猫', '风筝', '狗', '车'], None), ('图中有一只狗。', ['猫', '风筝', '狗', '车'], 2),
@@ -1303,7 +1306,8 @@ def test_unread_is_wrong_and_equal_options_are_both_right(loaded):
 @pytest.mark.parametrize('said, known, right', (
     ('1,000', '1000', True), ('18.', '18', True), ('No', 'No.', True), ('the cat', 'a cat', True), ('two', '2', True),
     ('T-shirt', 't shirt', True), ('Tom is a lempus. ', 'Tom is a lempus.', True), ('18 apples', '18', False),
-    ('-5', '5', False), ('1.5', '15', False), ('not a cat', 'a cat', False), ('', 'a', False), ('#### 18', '18', True)))
+    ('-5', '5', False), ('1.5', '15', False), ('18.0', '18', True), ('−5', '-5', True), ('C++', 'C', False),
+    ('vitamin A', 'vitamin', False), ('not a cat', 'a cat', False), ('', 'a', False), ('#### 18', '18', True)))
 def test_free_answers_are_compared_as_in_vqa(said, known, right):
     assert prepare.free_answer_is(said, dict(question='?', answer=known), '{answer}')[0] is right
 
@@ -1333,6 +1337,7 @@ def change_config(**changes):
     ('vision hidden_act is quick_gelu', dict(vision_config__hidden_act='quick_gelu')),
     ('vision_feature_layer is -2, not -1', dict(vision_feature_layer=-2)), ('select_strategy is full', dict(vision_feature_select_strategy='full')),
     ('has no bias', dict(vision_config__attention_bias=False)),
+    ('text is_causal is False', dict(text_config__is_causal=False)),
     ('use_mean_pooling is False', dict(vision_config__use_mean_pooling=False)),
     ('use_absolute_position_embeddings is False', dict(vision_config__use_absolute_position_embeddings=False)),
     ('quantization_config is ', dict(quantization_config=dict(quant_method='awq'))), ('use_llm_lora is 16, not 0', dict(use_llm_lora=16)),
