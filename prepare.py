@@ -610,7 +610,9 @@ def grey_to_8_bits(image):
     if image.mode == 'F':
         scales.insert(0, 1)
     white = min((scale for scale in scales if scale >= high), default=high)
-    if low >= 0 and white in scales:
+    if image.mode == 'F' and low >= -0.5 and high <= 1.5:  # fractions, after a sharp resize
+        low, white = 0, 1
+    elif low >= 0 and white in scales:
         low = 0
     else:
         low, white = grey.min(), high
@@ -629,6 +631,8 @@ def load_image(file):
     try:
         image = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
         turn = TURNS.get(orientation(image))
+        if image.format == 'TIFF':
+            turn = None  # Pillow turns these itself
         if image.mode.startswith('I') or image.mode == 'F':
             image = grey_to_8_bits(image)
         elif image.has_transparency_data:
@@ -646,7 +650,10 @@ def image_header(data):
     try:
         with Image.open(io.BytesIO(data)) as image:
             size = image.size
-            if orientation(image) in (5, 6, 7, 8):
+            if image.format == 'TIFF':  # which Pillow turns itself when it is loaded
+                image.load()
+                size = image.size
+            elif orientation(image) in (5, 6, 7, 8):
                 size = size[::-1]
             return image.format.lower(), size
     except Exception as error:  # as in load_image
@@ -983,7 +990,8 @@ def read_row(raw, split, steps_from, max_latent_stage):
 
 def check_text(row):
     """Raises Dropped for what would be taken for one of the prompt's own tokens, or is no text."""
-    texts = [row['question'], row.get('answer', ''), *row.get('choices', ()), *row.get('steps', ())]
+    texts = [row['question'], row.get('answer', ''), *row.get('choices', ()), *row.get('steps', ()),
+             row.get('explanation', ''), *row.get('results', ())]
     for text in texts:
         for token in RESERVED:
             if token in text:
@@ -1002,6 +1010,8 @@ def read_picture(raw, folders):
         if not {'bytes', 'path'} & value.keys():
             raise Dropped('whose image has neither bytes nor path')
         value = value.get('bytes') or value.get('path')
+    if isinstance(value, list):
+        value = [one for one in value if not is_missing(one)]
     if is_missing(value) or isinstance(value, (bytes, list)) and not len(value):
         value = raw.get('image_path')
     if isinstance(value, (list, tuple)):
@@ -1376,6 +1386,10 @@ def write_splits(prepared, data_dir):
 
 if __name__ == '__main__':
     globals().update(configure(globals()))
+    if steps_from not in ('first', 'all') or min(image_size, max_tiles, max_latent_stage) < 1:
+        raise ValueError(f'steps_from={steps_from!r}, image_size={image_size}, '
+                         f'max_tiles={max_tiles}, max_latent_stage={max_latent_stage}: expected '
+                         'first or all, and numbers of 1 or more')
     if init_from != 'scratch' and not init_from.endswith('.pt'):
         fetch(init_from)  # into the hub's cache now, so that training needs no network
     os.makedirs(data_dir, exist_ok=True)
@@ -1388,6 +1402,10 @@ if __name__ == '__main__':
         else:
             raw = toy.draw_graphs(counts, seed, nodes)
     else:
+        source = dataset if os.path.isdir(dataset) else os.path.dirname(os.path.abspath(dataset))
+        if os.path.exists(dataset) and os.path.realpath(source) == os.path.realpath(data_dir):
+            raise ValueError(f'data_dir={data_dir} is the folder of the data set itself, whose '
+                             'files would be overwritten: choose another')
         raw, folders = read_raw(dataset, data_dir)
         name_unused(raw, dataset)
     prepared = prepare(raw, folders, data_dir, steps_from, max_latent_stage, image_size, max_tiles,

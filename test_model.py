@@ -1476,6 +1476,29 @@ def test_a_turned_photograph_is_measured_as_it_is_shown(tmp_path):
     assert prepare.load_image(photo).size == prepare.image_header(photo)[1] == (512, 640)
 
 
+@pytest.mark.parametrize('orientation, size, corner', ((1, (40, 20), (0, 0)), (3, (40, 20), (39, 19)),
+                                                       (6, (20, 40), (19, 0)), (8, (20, 40), (0, 39))))
+@pytest.mark.parametrize('kind', ('TIFF', 'PNG'))
+def test_a_picture_is_turned_once(orientation, size, corner, kind):
+    """Pillow turns TIFFs itself."""
+    image, exif = Image.new('RGB', (40, 20)), Image.Exif()
+    image.putpixel((0, 0), (255, 0, 0))
+    exif[0x0112] = orientation
+    data = in_memory(image, kind, exif=exif.tobytes())
+    shown = prepare.load_image(data)
+    assert shown.size == prepare.image_header(data)[1] == size
+    assert shown.getpixel(corner) == (255, 0, 0)
+
+
+def test_the_data_sets_own_files_are_not_overwritten(tmp_path):
+    for name in ('train.jsonl', 'mine.jsonl', 'test.jsonl'):
+        own_rows(tmp_path, name)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for dataset in ('train.jsonl', 'mine.jsonl'):
+        assert 'is the folder of the data set itself' in prepared(tmp_path, tmp_path / dataset, fails=True)
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+
 def test_one_bad_picture_drops_one_row(tmp_path):
     whole = in_memory(Image.new('RGB', (400, 300), 'red'), 'JPEG')
     bomb = in_memory(Image.new('1', (14000, 14000)))
