@@ -620,6 +620,11 @@ def grey_to_8_bits(image):
     return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
 
 
+def pillow_reason(error):
+    """What one of Pillow's errors says, without the address of its buffer."""
+    return str(error).split(' <_io')[0] or type(error).__name__
+
+
 def load_image(file):
     """
     RGB image from a path or bytes, as a viewer shows it: upright, the first of several frames, what
@@ -641,8 +646,7 @@ def load_image(file):
         image = image.convert('RGB')
         return image if turn is None else image.transpose(turn)
     except Exception as error:  # Pillow's decoders raise any kind on damaged files
-        reason = str(error).split(' <_io')[0] or type(error).__name__
-        raise ValueError(f'{name} cannot be read as an image: {reason}') from None
+        raise ValueError(f'{name} cannot be read as an image: {pillow_reason(error)}') from None
 
 
 def image_header(data):
@@ -657,8 +661,7 @@ def image_header(data):
                 size = size[::-1]
             return image.format.lower(), size
     except Exception as error:  # as in load_image
-        reason = str(error).split(' <_io')[0] or type(error).__name__
-        raise ValueError(f'cannot be read as an image: {reason}') from None
+        raise ValueError(f'cannot be read as an image: {pillow_reason(error)}') from None
 
 
 def tile_grid(width, height, size=448, min_tiles=1, max_tiles=8):
@@ -1098,7 +1101,7 @@ def find_files(dataset):
     return files
 
 
-def read_json(path):
+def read_json_rows(path):
     """The rows of a .json file, a list, or of a .jsonl file, one a line; either name for either."""
     try:
         with open(path, encoding='utf-8-sig') as f:
@@ -1147,7 +1150,7 @@ def read_raw(dataset, data_dir):
     folders = [os.path.abspath(dataset), *(os.path.dirname(path) for paths in files.values()
                                            for path in paths)]
     if dataset.endswith(('.json', '.jsonl')) and local:
-        rows = {split: [row for path in paths for row in read_json(path)]
+        rows = {split: [row for path in paths for row in read_json_rows(path)]
                 for split, paths in files.items()}
     else:
         rows = read_arrow(dataset, files, data_dir)

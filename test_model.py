@@ -34,7 +34,6 @@ except ImportError:
 import configurator
 import prepare
 import sample as sample_script
-import train
 from model import Config, IMAGE_MEAN, IMAGE_STD, MultiCoCo, SPECIAL_TOKENS
 from model import add_special_tokens, load_tokenizer, sample
 

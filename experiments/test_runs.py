@@ -19,17 +19,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-try:  # transformers 5
-    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
-except ImportError:
-    from transformers import GotOcr2ImageProcessor as GotOcr2ImageProcessorPil
-
 import prepare
 import train
 from experiments import bench, probe, reference, toy
 from model import Config, SPECIAL_TOKENS
-from model import lay_out, load_checkpoint, load_tokenizer, sample
-from test_model import (HERE, N, RAW, loaded, make_batch, one_row, parquet, relative, save_tiny, script, start, tiny_model, without_labels)
+from model import lay_out, load_checkpoint, load_tokenizer
+from test_model import loaded  # noqa: F401, a fixture
+from test_model import HERE, RAW, make_batch, one_row, parquet, relative, save_tiny, script, start
+from test_model import tiny_model, without_labels
 
 # --------------------------------------------------------------------------------------------------
 # --------------------
