@@ -105,10 +105,8 @@ def configure(module):
 
 
 def one_sentence(kind, error, trace):
-    """
-    For sys.excepthook: what our own code raises for the user, in a line that begins with raise, is
-    one sentence; any other error keeps its traceback, also one in code that was changed here.
-    """
+    """For sys.excepthook: what our own code raises for the user, in a line that begins with raise,
+    is one sentence; any other error keeps its traceback, also one in code that was changed here."""
     script = os.path.basename(sys.argv[0])
     if kind is KeyboardInterrupt:
         print(f'\n{script}: stopped by Ctrl-C; what was saved is whole', file=sys.stderr)

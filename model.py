@@ -31,7 +31,8 @@ import math
 import os
 import pickle
 import re
-from dataclasses import dataclass
+import shutil
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple, Optional
 
@@ -43,6 +44,7 @@ import transformers
 from einops import rearrange
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer
 from torch import nn
 
@@ -56,19 +58,15 @@ SPECIAL_TOKENS = (IMG, END_IMG, IMG_CONTEXT, START_LATENT, LATENT, END_LATENT)
 
 
 def load_tokenizer(name_or_path):
-    """
-    The tokenizer of a folder or hub id with each of SPECIAL_TOKENS present, added only if it is not
-    there.
-    """
+    """The tokenizer of a folder or hub id with each of SPECIAL_TOKENS present, added only if it is
+    not there."""
     return add_special_tokens(read_tokenizer(fetch(name_or_path)))
 
 
 def read_tokenizer(folder):
-    """
-    From the tokenizer's own files alone, tokenizer.json or Qwen2's vocab.json and merges.txt.
+    """From the tokenizer's own files alone, tokenizer.json or Qwen2's vocab.json and merges.txt.
     config.json and tokenizer_config.json may name code of the folder, which transformers' Auto
-    classes would ask to run.
-    """
+    classes would ask to run."""
     files = os.listdir(folder)
     if 'tokenizer.json' in files:
         kind = transformers.PreTrainedTokenizerFast
@@ -119,7 +117,7 @@ class Config:
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 32768
     tie_word_embeddings: bool = False
-    # vision tower: InternViT-300M
+    # vision tower: InternViT-300M; with 0 layers there is none, and the model takes text alone
     vision_hidden_size: int = 1024
     vision_intermediate_size: int = 4096
     vision_num_layers: int = 24
@@ -142,10 +140,8 @@ class Config:
 
 
 def rotary(position, head_dim, theta):
-    """
-    RoPE's cos and sin, float32 [B, 1, L, head_dim], of positions [B, L]; sin is minus in its first
-    half.
-    """
+    """RoPE's cos and sin, float32 [B, 1, L, head_dim], of positions [B, L]; sin is minus in its
+    first half."""
     channel = torch.arange(0, head_dim, 2, device=position.device, dtype=torch.float32)
     frequency = theta ** -(channel / head_dim)
     angle = position[:, None, :, None].float() * frequency
@@ -154,10 +150,8 @@ def rotary(position, head_dim, theta):
 
 
 def rotate(x, cos, sin):
-    """
-    (a, b) to (a cos - b sin, b cos + a sin): roll exchanges the halves, the minus is in `rotary`'s
-    sin.
-    """
+    """(a, b) to (a cos - b sin, b cos + a sin): roll exchanges the halves, the minus is in
+    `rotary`'s sin."""
     return torch.addcmul(x * cos.to(x.dtype), x.roll(x.shape[-1] // 2, -1), sin.to(x.dtype))
 
 
@@ -176,12 +170,10 @@ class Attention(nn.Module):
             self.k_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps)
 
     def forward(self, x, cos, sin, mask, past, slot=None):
-        """
-        x [B, L, D]. past: this layer's keys and values so far. Without `slot` two tuples of earlier
-        passes' parts, which autograd keeps as they are; with it two tensors [B, K, slots, head_dim]
-        that are written in place at `slot` [1]. Gives y [B, L, D] and this pass's keys and values
-        [B, K, L, head_dim].
-        """
+        """x [B, L, D]. past: this layer's keys and values so far. Without `slot` two tuples of
+        earlier passes' parts, which autograd keeps as they are; with it two tensors [B, K, slots,
+        head_dim] that are written in place at `slot` [1]. Gives y [B, L, D] and this pass's keys
+        and values [B, K, L, head_dim]."""
         q = rearrange(self.q_proj(x), 'b l (h d) -> b h l d', d=self.head_dim)
         k = rearrange(self.k_proj(x), 'b l (h d) -> b h l d', d=self.head_dim)
         v = rearrange(self.v_proj(x), 'b l (h d) -> b h l d', d=self.head_dim)
@@ -226,10 +218,8 @@ class Block(nn.Module):
         self.mlp = MLP(c)
 
     def forward(self, x, cos, sin, mask, past, real_slots=None, slot=None):
-        """
-        As Attention's. real_slots [M], where given: only these of the B * L slots go through the
-        MLP.
-        """
+        """As Attention's. real_slots [M], where given: only these of the B * L slots go through the
+        MLP."""
         y, k, v = self.self_attn(self.input_layernorm(x), cos, sin, mask, past, slot)
         x = x + y
         h = self.post_attention_layernorm(x)
@@ -240,9 +230,8 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """
-    Holds the weights under OpenGVLab's names; the passes through them are MultiCoCo's `decode`.
-    """
+    """Holds the weights under OpenGVLab's names; the passes through them are MultiCoCo's
+    `decode`."""
 
     def __init__(self, c):
         super().__init__()
@@ -279,8 +268,7 @@ class Layout(NamedTuple):
 
 
 def lay_out(input_ids, attention_mask, config, labels=None, device=None):
-    """
-    Cuts every row at its own thoughts and gives each token a slot, chunk behind chunk, so that
+    """Cuts every row at its own thoughts and gives each token a slot, chunk behind chunk, so that
     chunk k of all rows is one range of columns. Chunk 0 is a row up to its first thought, chunk k
     runs from thought k to just before thought k + 1; <|start-latent|> ends as a p, <|end-latent|>
     begins as an a:
@@ -293,8 +281,7 @@ def lay_out(input_ids, attention_mask, config, labels=None, device=None):
     Row 1 leaves slots 3 4 5 and 8 9 10 empty, row 0 leaves 11 12 13.
 
     Done on the host, where the lengths are needed anyway: all that depends on values is asked here,
-    once. Inputs that are still on the host spare the wait for the device.
-    """
+    once. Inputs that are still on the host spare the wait for the device."""
     device = device or input_ids.device
     ids = input_ids.cpu()
     B, T = ids.shape
@@ -364,10 +351,8 @@ class Output(NamedTuple):
 
 
 class MultiCoCo(nn.Module):
-    """
-    `edit_thought(k, thought [B, D]) -> [B, D]` is the loop's one hook: it is called just before
-    thought k = 1, 2, ... is fed back, and what it gives is fed back instead.
-    """
+    """`edit_thought(k, thought [B, D]) -> [B, D]` is the loop's one hook: it is called just before
+    thought k = 1, 2, ... is fed back, and what it gives is fed back instead."""
 
     def __init__(self, config):
         super().__init__()
@@ -375,25 +360,25 @@ class MultiCoCo(nn.Module):
         self.activation_checkpointing = False
         # of the latest labelled batch: how many targets were the likeliest token, set by forward
         self.num_correct = None
-        self.vision_model = timm.models.VisionTransformer(
-            img_size=c.image_size, patch_size=c.patch_size, embed_dim=c.vision_hidden_size,
-            depth=c.vision_num_layers, num_heads=c.vision_num_heads,
-            mlp_ratio=c.vision_intermediate_size / c.vision_hidden_size, init_values=1.0,
-            norm_layer=partial(nn.LayerNorm, eps=c.vision_layer_norm_eps), final_norm=False,
-            num_classes=0, weight_init='skip')
-        shuffled = int(c.vision_hidden_size / c.downsample_ratio ** 2)
-        self.mlp1 = nn.Sequential(
-            nn.LayerNorm(shuffled), nn.Linear(shuffled, c.hidden_size), nn.GELU(),
-            nn.Linear(c.hidden_size, c.hidden_size))
+        if c.vision_num_layers:
+            self.vision_model = timm.models.VisionTransformer(
+                img_size=c.image_size, patch_size=c.patch_size, embed_dim=c.vision_hidden_size,
+                depth=c.vision_num_layers, num_heads=c.vision_num_heads,
+                mlp_ratio=c.vision_intermediate_size / c.vision_hidden_size, init_values=1.0,
+                norm_layer=partial(nn.LayerNorm, eps=c.vision_layer_norm_eps), final_norm=False,
+                num_classes=0, weight_init='skip')
+            shuffled = int(c.vision_hidden_size / c.downsample_ratio ** 2)
+            self.mlp1 = nn.Sequential(
+                nn.LayerNorm(shuffled), nn.Linear(shuffled, c.hidden_size), nn.GELU(),
+                nn.Linear(c.hidden_size, c.hidden_size))
         self.language_model = LanguageModel(c)
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
-        """
-        From scratch. Embeddings and the final norm have scale 0.35, so that a thought has the scale
-        of an embedding; with a tied head 64 wide, as in config/toy.py, logits start near scale 1.
-        """
+        """From scratch. Embeddings and the final norm have scale 0.35, so that a thought has the
+        scale of an embedding; with a tied head 64 wide, as in config/toy.py, logits start near
+        scale 1."""
         c = self.config
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -406,21 +391,25 @@ class MultiCoCo(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         nn.init.normal_(self.language_model.model.embed_tokens.weight, std=0.35)
-        nn.init.normal_(self.vision_model.cls_token, std=0.35)
-        nn.init.normal_(self.vision_model.pos_embed, std=0.35)
         self.language_model.model.norm.weight.fill_(0.35)
+        if c.vision_num_layers:
+            nn.init.normal_(self.vision_model.cls_token, std=0.35)
+            nn.init.normal_(self.vision_model.pos_embed, std=0.35)
 
     def set_activation_checkpointing(self, on=True):
         """Recompute activations in the backward pass: nothing changes but memory and time."""
         self.activation_checkpointing = on
-        self.vision_model.set_grad_checkpointing(on)
+        if self.config.vision_num_layers:
+            self.vision_model.set_grad_checkpointing(on)
 
     def embed_image(self, pixel_values):
-        """
-        Tiles [P, 3, side, side] on any device, uint8 or normalised float, to visual tokens [P, N,
-        D].
-        """
-        c, side, weight = self.config, self.config.image_size, self.vision_model.pos_embed
+        """Tiles [P, 3, side, side] on any device, uint8 or normalised float, to visual tokens [P,
+        N, D]."""
+        c, side = self.config, self.config.image_size
+        if not c.vision_num_layers:
+            raise ValueError('this model is a text decoder without a vision tower: it takes no '
+                             'image; leave images out, or use an InternVL checkpoint')
+        weight = self.vision_model.pos_embed
         if pixel_values.shape[1:] != (3, side, side):
             raise ValueError(f'tiles are {list(pixel_values.shape[1:])}, this model takes [3, '
                              f'{side}, {side}]: prepare them with image_size={side}')
@@ -442,17 +431,14 @@ class MultiCoCo(nn.Module):
         return self.language_model.model.embed_tokens(ids)
 
     def as_pause(self, k, thought):
-        """
-        An `edit_thought`: the learned embedding of <|latent|> instead, so that nothing is fed back.
-        """
+        """An `edit_thought`: the learned embedding of <|latent|> instead, so that nothing is fed
+        back."""
         ids = torch.full(thought.shape[:1], self.config.latent_token_id, device=thought.device)
         return self.embed_text(ids).to(thought.dtype)
 
     def fuse(self, layout, pixel_values=None, num_tiles=None, image_flags=None):
-        """
-        Tokens in slots to embeddings [B, S, D]: visual tokens stand where <IMG_CONTEXT> did, in row
-        order.
-        """
+        """Tokens in slots to embeddings [B, S, D]: visual tokens stand where <IMG_CONTEXT> did, in
+        row order."""
         x, N = self.embed_text(layout.ids), self.config.num_image_tokens
         P = 0 if pixel_values is None else len(pixel_values)
         if image_flags is not None and P:
@@ -484,11 +470,9 @@ class MultiCoCo(nn.Module):
         return x
 
     def decode(self, x, position, mask, cache, real_slots=None, slot=None):
-        """
-        One pass through the decoder: x [B, L, D] at position [B, L] to hidden states after the
+        """One pass through the decoder: x [B, L, D] at position [B, L] to hidden states after the
         final norm [B, L, D]. cache: (keys, values) of each layer as Attention takes them; this
-        pass's are added to it.
-        """
+        pass's are added to it."""
         cos, sin = rotary(position, self.config.head_dim, self.config.rope_theta)
         for i, layer in enumerate(self.language_model.model.layers):
             if self.activation_checkpointing and torch.is_grad_enabled():
@@ -503,11 +487,9 @@ class MultiCoCo(nn.Module):
         return self.language_model.model.norm(x)
 
     def think(self, x, layout, edit_thought=None):
-        """
-        The latent loop over fused embeddings x [B, S, D]: n + 1 passes, one a chunk (see
+        """The latent loop over fused embeddings x [B, S, D]: n + 1 passes, one a chunk (see
         `lay_out`). Gives hidden states [B, S, D], thoughts [B, n, D], and the cache: tuples of keys
-        and values of each layer.
-        """
+        and values of each layer."""
         rows = torch.arange(len(x), device=x.device)
         cache = [((), ()) for _ in self.language_model.model.layers]
         hidden, thoughts, start = [], [], 0
@@ -562,13 +544,11 @@ class MultiCoCo(nn.Module):
     def generate(self, input_ids, pixel_values=None, attention_mask=None, max_new_tokens=64,
                  temperature=0.0, top_p=1.0, num_tiles=None, image_flags=None, edit_thought=None,
                  generator=None):
-        """
-        New tokens int64 [B, <= max_new_tokens], each row up to and with its end token, then
+        """New tokens int64 [B, <= max_new_tokens], each row up to and with its end token, then
         padding. Greedy at temperature 0. Thoughts of the prompt run through the same loop as in
         training. A <|latent|> that the model writes itself is fed the last hidden state too;
         edit_thought is called for each new token, with k = n + its place among them, since which
-        rows wrote one is known on the device alone.
-        """
+        rows wrote one is known on the device alone."""
         if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
             raise ValueError(f'temperature={temperature}, top_p={top_p}, '
                              f'max_new_tokens={max_new_tokens}: expected temperature >= 0, 0 < '
@@ -625,21 +605,18 @@ class MultiCoCo(nn.Module):
         return new[:, :int(written.max())]
 
     def step(self, x, position, mask, cache, slot):
-        """
-        One token a row, x [B, D] at position [B] to its hidden state [B, D]. Shapes stay the same
-        from token to token: `model.step = torch.compile(model.step, dynamic=False)` makes generate
-        use it compiled.
-        """
+        """One token a row, x [B, D] at position [B] to its hidden state [B, D]. Shapes stay the
+        same from token to token: `model.step = torch.compile(model.step, dynamic=False)` makes
+        generate use it compiled."""
         return self.decode(x[:, None], position[:, None], mask, cache, slot=slot)[:, 0]
 
     @classmethod
     def from_pretrained(cls, name_or_path, dtype=torch.float32):
-        """
-        InternVL from a hub id or a local folder: OpenGVLab's layout or the -hf one, one file or
-        sharded, safetensors only. The rows of tokens that `load_tokenizer` adds are the mean of the
-        rows that were there. Memory peaks near the size of the weights. Raises OSError or
-        ValueError in one sentence.
-        """
+        """InternVL, OpenGVLab's layout or the -hf one, or a plain Qwen2, Qwen3 or Llama, from a hub
+        id or a local folder; one file or sharded, safetensors only. The rows of tokens that
+        `load_tokenizer` adds are the mean of the rows that were there. Memory peaks near the size
+        of the weights. dtype: of the weights, 'auto' for bfloat16 where the files are. Raises
+        OSError or ValueError in one sentence."""
         config, weights, found = read_pretrained(name_or_path, dtype)
         with torch.device('meta'):
             model = cls(config)
@@ -650,11 +627,17 @@ class MultiCoCo(nn.Module):
         print(f'{name_or_path}: {size:.1f}M parameters from {found}')
         return model.eval()
 
+    def save_pretrained(self, folder, tokenizer, texts=None):
+        """Writes what `from_pretrained` reads, and transformers without this code: config.json,
+        generation_config.json, model.safetensors in the model's dtype, the tokenizer's files, in
+        the -hf layout or that of a plain decoder. texts: further files, name -> content. Raises
+        ValueError where folder holds something or transformers has no such model."""
+        write_pretrained(self, folder, tokenizer, texts or {})
+
 
 def sample(logits, temperature, top_p, generator=None):
-    """
-    float32 [B, V] to int64 [B]: the likeliest token at temperature 0, else one of the top_p mass.
-    """
+    """float32 [B, V] to int64 [B]: the likeliest token at temperature 0, else one of the top_p
+    mass."""
     if temperature == 0:
         return logits.argmax(-1)
     p, token = (logits / temperature).softmax(-1).sort(-1, descending=True)
@@ -662,40 +645,36 @@ def sample(logits, temperature, top_p, generator=None):
     return token.gather(-1, torch.multinomial(p, 1, generator=generator))[:, 0]
 
 
-# --- InternVL's files -----------------------------------------------------------------------------
+# --- files: InternVL's, and those of plain text decoders ------------------------------------------
 EMBEDDING, HEAD = 'language_model.model.embed_tokens.weight', 'language_model.lm_head.weight'
-SUPPORTED = ('supported are InternVL2.5 1B and 4B, InternVL3 1B, 2B, 8B and 14B, and InternVL3.5 '
-             'with Qwen3')
-# a file's name -> ours: OpenGVLab's, the -hf files', and those that transformers has in memory
-RENAMED = (
-    (r'^vision_model\.embeddings\.class_embedding$', 'vision_model.cls_token'),
-    (r'^vision_model\.embeddings\.position_embedding$', 'vision_model.pos_embed'),
-    (r'^vision_model\.embeddings\.patch_embedding\.', 'vision_model.patch_embed.proj.'),
-    (r'^vision_model\.encoder\.layers\.(\d+)\.(ls[12])$', r'vision_model.blocks.\1.\2.gamma'),
-    (r'^vision_model\.encoder\.layers\.', 'vision_model.blocks.'),
-    (r'^model\.(?=vision_tower\.|multi_modal_projector\.)', ''),
-    (r'^model\.language_model\.', 'language_model.model.'),
-    (r'^lm_head\.', 'language_model.lm_head.'),
-    (r'^vision_tower\.embeddings\.cls_token$', 'vision_model.cls_token'),
-    (r'^vision_tower\.embeddings\.position_embeddings$', 'vision_model.pos_embed'),
-    (r'^vision_tower\.embeddings\.patch_embeddings\.projection\.',
-     'vision_model.patch_embed.proj.'),
-    (r'^vision_tower\.encoder\.layer\.(\d+)\.lambda_([12])$', r'vision_model.blocks.\1.ls\2.gamma'),
-    (r'^vision_tower\.encoder\.layer\.', 'vision_model.blocks.'),
-    (r'(^vision_model\.blocks\.\d+\.)layernorm_before\.', r'\1norm1.'),
-    (r'(^vision_model\.blocks\.\d+\.)layernorm_after\.', r'\1norm2.'),
-    (r'(^vision_model\.blocks\.\d+\.)attention\.projection_layer\.', r'\1attn.proj.'),
-    (r'(^vision_model\.blocks\.\d+\.)attention\.([qkv])_proj\.', r'\1attn.\2.'),
-    (r'^multi_modal_projector\.layer_norm\.', 'mlp1.0.'),
-    (r'^multi_modal_projector\.linear_1\.', 'mlp1.1.'),
-    (r'^multi_modal_projector\.linear_2\.', 'mlp1.3.'))
-# buffers that some scripts save
-COMPUTED = re.compile(r'.+\.rotary_emb\.inv_freq|.+\.position_ids')
+EXPORTED = 'multicoco.json'  # knobs and stage beside exported weights
+SUPPORTED = ('supported are InternVL2.5 1B and 4B, InternVL3 1B, 2B, 8B and 14B, InternVL3.5 with '
+             'Qwen3, and text decoders of the types qwen2, qwen3 and llama')
+# parts of our names and of a file's: OpenGVLab's are read, those of -hf files read and written
+OPENGVLAB_NAMES = (
+    ('vision_model.cls_token', 'vision_model.embeddings.class_embedding'),
+    ('vision_model.pos_embed', 'vision_model.embeddings.position_embedding'),
+    ('vision_model.patch_embed.proj.', 'vision_model.embeddings.patch_embedding.'),
+    ('vision_model.blocks.', 'vision_model.encoder.layers.'),
+    ('.ls1.gamma', '.ls1'), ('.ls2.gamma', '.ls2'))
+HF_NAMES = (
+    ('vision_model.cls_token', 'vision_tower.embeddings.cls_token'),
+    ('vision_model.pos_embed', 'vision_tower.embeddings.position_embeddings'),
+    ('vision_model.patch_embed.proj.', 'vision_tower.embeddings.patch_embeddings.projection.'),
+    ('vision_model.blocks.', 'vision_tower.encoder.layer.'),
+    ('.ls1.gamma', '.lambda_1'), ('.ls2.gamma', '.lambda_2'),
+    ('.norm1.', '.layernorm_before.'), ('.norm2.', '.layernorm_after.'),
+    ('.attn.proj.', '.attention.projection_layer.'), ('.attn.q.', '.attention.q_proj.'),
+    ('.attn.k.', '.attention.k_proj.'), ('.attn.v.', '.attention.v_proj.'),
+    ('mlp1.0.', 'multi_modal_projector.layer_norm.'),
+    ('mlp1.1.', 'multi_modal_projector.linear_1.'),
+    ('mlp1.3.', 'multi_modal_projector.linear_2.'))
+# what some files hold and nothing needs: buffers, and the token of a training with masked patches
+UNUSED = re.compile(r'.+\.rotary_emb\.inv_freq|.+\.position_ids|.+\.embeddings\.mask_token')
 EXPECTED = (  # values of config.json that this code computes with, where they are given
-    ('text', 'model_type', ('', 'qwen2', 'qwen3')), ('text', 'hidden_act', ('silu',)),
-    ('text', 'is_causal', (True,)),
-    ('text', 'partial_rotary_factor', (1.0,)),
-    ('', 'quantization_config', (None,)),
+    ('text', 'model_type', ('qwen2', 'qwen3', 'llama')), ('text', 'hidden_act', ('silu', 'swish')),
+    ('text', 'is_causal', (True,)), ('text', 'partial_rotary_factor', (1.0,)),
+    ('text', 'mlp_bias', (False,)), ('', 'quantization_config', (None,)),
     ('', 'use_llm_lora', (0,)), ('', 'use_backbone_lora', (0,)),
     ('', 'projector_hidden_act', ('gelu',)), ('', 'select_layer', (-1,)),
     ('', 'vision_feature_layer', (-1,)), ('', 'vision_feature_select_strategy', ('default',)),
@@ -705,19 +684,20 @@ EXPECTED = (  # values of config.json that this code computes with, where they a
     ('vision', 'num_channels', (3,)), ('vision', 'use_mean_pooling', (True,)),
     ('vision', 'use_absolute_position_embeddings', (True,)))
 NEEDED = ('hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads')
+NUMBERS = (('', ('downsample_ratio', 'force_image_size')), ('vision', (*NEEDED, 'layer_norm_eps')),
+           ('text', (*NEEDED, 'num_key_value_heads', 'head_dim', 'rms_norm_eps', 'rope_theta',
+                     'max_position_embeddings', 'sliding_window')))
 
 
 def fetch(name_or_path):
-    """
-    A local folder as it is; a hub id's files from the hub's cache, or from the hub if not all are
-    there.
-    """
+    """A local folder as it is; a hub id's files from the hub's cache, or from the hub if not all
+    are there."""
     if os.path.isdir(name_or_path):
         return name_or_path
     if os.path.exists(name_or_path) or not re.fullmatch(r'[\w.-]+/[\w.-]+', name_or_path):
         raise FileNotFoundError(f'{name_or_path} is neither a folder nor a hub id like '
                                 'OpenGVLab/InternVL3-1B-Pretrained')
-    wanted = dict(allow_patterns=['*.json', '*.safetensors', '*.txt'])
+    wanted = dict(allow_patterns=['*.json', '*.safetensors', '*.txt', '*.jinja'])
     try:
         folder = snapshot_download(name_or_path, local_files_only=True, **wanted)
         weight_files(folder)  # raises where files are missing
@@ -732,7 +712,9 @@ def fetch(name_or_path):
                       'the built-in data set with config/toy.py') from None
 
 
-def read_json(path):
+def read_json(path, default=None):
+    if default is not None and not os.path.isfile(path):
+        return default
     try:
         with open(path, encoding='utf-8-sig') as f:
             return json.load(f)
@@ -741,7 +723,7 @@ def read_json(path):
 
 
 def weight_files(folder):
-    """A checkpoint folder's tensors: name -> (safetensors file, shape)."""
+    """A checkpoint folder's tensors: name -> (safetensors file, shape, type as in 'BF16')."""
     files = os.listdir(folder)
     if 'config.json' not in files and 'adapter_config.json' in files:
         raise FileNotFoundError(f'{folder} holds a LoRA adapter alone (adapter_config.json): merge '
@@ -766,7 +748,9 @@ def weight_files(folder):
                                     'again')
         try:
             with safe_open(path, 'pt') as file:
-                found.update((key, (path, file.get_slice(key).get_shape())) for key in file.keys())
+                for key in file.keys():
+                    part = file.get_slice(key)
+                    found[key] = (path, part.get_shape(), part.get_dtype())
         except SafetensorError as error:
             with open(path, 'rb') as f:
                 if f.read(40).startswith(b'version https://git-lfs'):
@@ -777,22 +761,26 @@ def weight_files(folder):
 
 
 def our_name(name):
-    for pattern, ours in RENAMED:
-        name = re.sub(pattern, ours, name)
+    """Ours for a tensor's name in any of the layouts, transformers' names in memory as well."""
+    name = name.replace('model.language_model.', 'language_model.model.')
+    name = re.sub(r'^model\.(?=vision_tower\.|multi_modal_projector\.)', '', name)
+    name = re.sub(r'^(?=model\.(?:embed_tokens|layers|norm)\.|lm_head\.)', 'language_model.', name)
+    for ours, theirs in (*OPENGVLAB_NAMES, *HF_NAMES):
+        name = name.replace(theirs, ours)
     return name
 
 
 def to_our_names(tensors, source):
-    """
-    Pairs of a file's tensor name and tensor -> {our name: tensor}, q, k and v of the vision tower
-    joined.
-    """
+    """Pairs of a file's tensor name and tensor -> {our name: tensor}, q, k and v of the vision
+    tower joined."""
     weights, parts = {}, {}
     for name, tensor in tensors:
         ours = our_name(name)
         third = re.fullmatch(r'(vision_model\.blocks\.\d+\.attn)\.([qkv])\.(weight|bias)', ours)
         if third:
             parts.setdefault(f'{third[1]}.qkv.{third[3]}', {})[third[2]] = tensor
+        elif ours in weights:
+            raise ValueError(f'{source} holds {ours} under two names, the second is {name}')
         else:
             weights[ours] = tensor
     for name, found in parts.items():
@@ -804,22 +792,28 @@ def to_our_names(tensors, source):
 
 
 def refuse(c, text, vision, source):
-    """
-    Raises ValueError for the first value of config.json that this code would compute otherwise.
-    """
-    parts = {'': c, 'text': text, 'vision': vision}
-    reasons = []
+    """Raises ValueError for the first value of config.json that this code would compute otherwise.
+    vision is None for a text decoder."""
+    parts, reasons = {'': c, 'text': text, 'vision': vision or {}}, []
     for part, key, allowed in EXPECTED:
         value = parts[part].get(key)
         if value is not None and value not in allowed:
-            computed = ' or '.join(str(a) for a in allowed if a not in (None, ''))
-            reasons.append(f'its {part + " " if part else ""}{key} is {value}, not {computed}')
-    for part, keys in (('text', (*NEEDED, 'num_key_value_heads', 'max_position_embeddings')),
-                       ('vision', NEEDED)):
-        lacking = [f'{part} {key}' for key in keys if not parts[part].get(key)]
-        if lacking and not reasons:
-            raise ValueError(f'{source}: config.json lacks {", ".join(lacking)}: download it again')
-    rope = text.get('rope_scaling') or text.get('rope_parameters') or {}
+            computed = ' or '.join(str(a) for a in allowed if a is not None)
+            reasons.append(f'its {part} {key} is {value}, not {computed}'.replace('  ', ' '))
+    lacking = [f'text {key}' for key in NEEDED if not text.get(key)]
+    if text['model_type'] != 'llama' and not text.get('num_key_value_heads'):
+        lacking.append('text num_key_value_heads')
+    if vision is not None:
+        lacking += [f'vision {key}' for key in NEEDED if not vision.get(key)]
+    if lacking and not reasons:
+        raise ValueError(f'{source}: config.json lacks {", ".join(lacking)}: download it again')
+    for part, keys in NUMBERS:
+        for key in keys:
+            value = parts[part].get(key) or 0
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ValueError(f'{source}: config.json gives {part} {key} as {value!r}, expected '
+                                 'a number')
+    rope = rope_of(text)
     kind = rope.get('rope_type') or rope.get('type') or 'default'
     if any(isinstance(value, dict) for value in rope.values()):
         kind = 'another one in each kind of layer'
@@ -831,35 +825,47 @@ def refuse(c, text, vision, source):
         layers = text.get('layer_types') or []
         if not layers and text['num_hidden_layers'] > text.get('max_window_layers', 28):
             layers = ['sliding_attention']  # older configs: those from max_window_layers on
-        longest = text['max_position_embeddings']
-        if 'sliding_attention' in layers and text['sliding_window'] < longest:
+        if 'sliding_attention' in layers and text['sliding_window'] < longest_of(text):
             reasons.append(f'its decoder sees a sliding_window of {text["sliding_window"]} tokens')
-    if text.get('model_type') == 'qwen3' and text.get('attention_bias'):
+    if text['model_type'] != 'qwen2' and text.get('attention_bias'):
         reasons.append('its decoder has attention_bias')
-    if not vision.get('qkv_bias', vision.get('attention_bias')):
+    if vision is not None and not vision.get('qkv_bias', vision.get('attention_bias')):
         reasons.append('its vision tower has no bias on q, k, v')
     for key in ('patch_size', 'image_size'):
-        if isinstance(vision.get(key), list) and len(set(vision[key])) > 1:
-            reasons.append(f'its vision {key} is {vision[key]}, not square')
+        side = parts['vision'].get(key)
+        if isinstance(side, list) and len(set(side)) > 1:
+            reasons.append(f'its vision {key} is {side}, not square')
     if reasons:
         raise ValueError(f'{source} is not supported: {reasons[0]}; {SUPPORTED}')
 
 
-def read_config(c, embedding, tokenizer, source):
-    """
-    config.json's dict as a Config: every value that changes the result is honoured here, or refused
-    by name. embedding: shape of the embedding. Some copies carry a wrong llm_config beside a right
-    text_config.
-    """
+def rope_of(text):
+    """A text config's rope as a dict: transformers 4 calls it rope_scaling, 5 rope_parameters."""
+    rope = text.get('rope_scaling') or text.get('rope_parameters') or {}
+    return rope if isinstance(rope, dict) else dict(type=str(rope))
+
+
+def longest_of(text):
+    """Tokens that a text config allows a row: those before any scaling of the rope."""
+    longest = text.get('max_position_embeddings') or 2048
+    return min(longest, rope_of(text).get('original_max_position_embeddings') or longest)
+
+
+def read_config(c, embedding, tokenizer, source, ends=()):
+    """config.json's dict as a Config: every value that changes the result is honoured here, or
+    refused by name. embedding: shape of the embedding. Some copies carry a wrong llm_config beside
+    a right text_config. ends: further ids that end an answer."""
     texts = [c[key] for key in ('text_config', 'llm_config') if c.get(key)]
+    plain = not texts and 'vision_config' not in c  # a text decoder
+    texts = [{'model_type': 'qwen2', **t} for t in (texts or [c])]
     fit = [t for t in texts if [t.get('vocab_size'), t.get('hidden_size')] == embedding]
-    text, vision = (fit or texts or [{}])[0], c.get('vision_config') or {}
-    opengvlab = 'text_config' not in c
+    text, vision = (fit or texts)[0], None if plain else c.get('vision_config') or {}
+    opengvlab = not plain and 'text_config' not in c
     if opengvlab:  # what silence means to OpenGVLab's classes; transformers' know v2 alone
         c = {'ps_version': 'v1', **c}
         vision = {'qk_normalization': True, 'norm_type': 'rms_norm', 'qkv_bias': False, **vision}
     # what is not supported is said before shapes that differ
-    if fit or text.get('model_type') not in ('qwen2', 'qwen3') or c.get('use_llm_lora'):
+    if fit or text['model_type'] not in ('qwen2', 'qwen3', 'llama') or c.get('use_llm_lora'):
         refuse(c, text, vision, source)
     if not fit:
         described = [[t.get('vocab_size'), t.get('hidden_size')] for t in texts]
@@ -867,54 +873,61 @@ def read_config(c, embedding, tokenizer, source):
                          f'describes {described} [vocab_size, hidden_size]')
 
     def side(key, default):
-        value = vision.get(key, default)
+        value = vision.get(key) or default
         return value[0] if isinstance(value, list) else value
 
-    def token(name):
-        return tokenizer.convert_tokens_to_ids(name)
-
-    qwen3 = text['model_type'] == 'qwen3'
-    rope = text.get('rope_parameters') or {}
-    scaling = text.get('rope_scaling') or rope
-    longest = text['max_position_embeddings']
-    if scaling.get('original_max_position_embeddings'):
-        longest = min(longest, scaling['original_max_position_embeddings'])
-    width, heads = text['hidden_size'], text['num_attention_heads']
-    return Config(
+    kind, width, heads = text['model_type'], text['hidden_size'], text['num_attention_heads']
+    rope = {**rope_of(text), **(text.get('rope_parameters') or {})}
+    names = [tokenizer.eos_token] if plain else ['<|im_end|>', '<|endoftext|>']
+    known = tokenizer.get_vocab()
+    ends = dict.fromkeys([*(known[name] for name in names if name in known), *ends])
+    if not ends or tokenizer.eos_token is None:
+        raise ValueError(f'{source}: its tokenizer names no end token (eos_token), so that no '
+                         'answer would end')
+    pad = '<|endoftext|>' if not plain else tokenizer.pad_token or tokenizer.eos_token
+    config = Config(
         vocab_size=max(embedding[0], len(tokenizer)), hidden_size=width,
         intermediate_size=text['intermediate_size'], num_hidden_layers=text['num_hidden_layers'],
-        num_attention_heads=heads, num_key_value_heads=text['num_key_value_heads'],
-        head_dim=text.get('head_dim') or (128 if qwen3 else width // heads),
-        attention_bias=not qwen3, qk_norm=qwen3, rms_norm_eps=text.get('rms_norm_eps', 1e-6),
-        rope_theta=float(rope.get('rope_theta') or scaling.get('rope_theta')
-                         or text.get('rope_theta') or 1e4),
-        max_position_embeddings=longest, vision_hidden_size=vision['hidden_size'],
+        num_attention_heads=heads, num_key_value_heads=text.get('num_key_value_heads') or heads,
+        head_dim=text.get('head_dim') or (128 if kind == 'qwen3' else width // heads),
+        attention_bias=kind == 'qwen2', qk_norm=kind == 'qwen3',
+        rms_norm_eps=text.get('rms_norm_eps') or 1e-6, max_position_embeddings=longest_of(text),
+        rope_theta=float(rope.get('rope_theta') or text.get('rope_theta') or 1e4),
+        vision_num_layers=0, image_token_id=known[IMG_CONTEXT], latent_token_id=known[LATENT],
+        eos_token_ids=tuple(ends), pad_token_id=known[pad])
+    if plain:
+        return config
+    return replace(
+        config, vision_hidden_size=vision['hidden_size'],
         vision_intermediate_size=vision['intermediate_size'],
         vision_num_layers=vision['num_hidden_layers'],
         vision_num_heads=vision['num_attention_heads'],
-        vision_layer_norm_eps=vision.get('layer_norm_eps', 1e-6), patch_size=side('patch_size', 14),
+        vision_layer_norm_eps=vision.get('layer_norm_eps') or 1e-6,
+        patch_size=side('patch_size', 14),
         image_size=c.get('force_image_size') or side('image_size', 448),
-        downsample_ratio=c.get('downsample_ratio', 0.5),
-        ps_version=c['ps_version'] if opengvlab else 'v2',
-        image_token_id=token(IMG_CONTEXT), latent_token_id=token(LATENT),
-        eos_token_ids=(token('<|im_end|>'), token('<|endoftext|>')),
-        pad_token_id=token('<|endoftext|>'))
+        downsample_ratio=c.get('downsample_ratio') or 0.5,
+        ps_version=c['ps_version'] if opengvlab else 'v2')
 
 
 def read_pretrained(name_or_path, dtype):
-    """
-    A hub id's or folder's (Config, weights under our names, how many tensors in how many files).
-    """
+    """A hub id's or folder's (Config, weights under our names, how many tensors in how many
+    files). dtype: 'auto' for the files' own where that is bfloat16, else float32."""
     folder = fetch(name_or_path)
     files = weight_files(folder)
-    stored = [name for name in files if not COMPUTED.fullmatch(name)]
+    stored = [name for name in files if not UNUSED.fullmatch(name)]
     c = read_json(os.path.join(folder, 'config.json'))
     tokenizer = read_tokenizer(folder)
     old_ids = set(tokenizer.get_vocab().values())
     new_ids = set(add_special_tokens(tokenizer).get_vocab().values()) - old_ids
-    shapes = {our_name(name): shape for name, (_, shape) in files.items()}
-    embedding = shapes.get(EMBEDDING)
-    config = read_config(c, embedding, tokenizer, name_or_path)
+    found = {our_name(name): (shape, kind) for name, (_, shape, kind) in files.items()}
+    embedding, kind = found.get(EMBEDDING, (None, ''))
+    if dtype == 'auto':
+        dtype = torch.bfloat16 if kind == 'BF16' else torch.float32
+    ends = []
+    for where in (c, read_json(os.path.join(folder, 'generation_config.json'), {})):
+        eos = where.get('eos_token_id')
+        ends += [eos] if isinstance(eos, int) else eos or []
+    config = read_config(c, embedding, tokenizer, name_or_path, ends)
 
     def tensors():
         for name in stored:
@@ -929,8 +942,7 @@ def read_pretrained(name_or_path, dtype):
     # as in transformers 5: a head of its own is used, whatever the config says; where the files
     # hold none the top level decides whether it is tied, else the text config, else the class's own
     # default
-    text = c.get('text_config') or c.get('llm_config')
-    tied = c.get('tie_word_embeddings')
+    text, tied = c.get('text_config') or c.get('llm_config') or c, c.get('tie_word_embeddings')
     if tied is None:
         tied = text.get('tie_word_embeddings', 'text_config' in c)
     if HEAD in weights:
@@ -940,17 +952,14 @@ def read_pretrained(name_or_path, dtype):
     config.tie_word_embeddings = bool(tied)
     left_out = len(files) - len(stored)
     return config, weights, (
-        f'{len(stored)} tensors in {len({path for path, _ in files.values()})} file(s), all used, '
-        'none missing'
-        + (f', {left_out} computed buffers left out' if left_out else '')
+        f'{len(stored)} tensors in {len({path for path, *_ in files.values()})} file(s), all used, '
+        'none missing' + (f', {left_out} that nothing needs left out' if left_out else '')
         + f'; {config.vocab_size - embedding[0]} rows added')
 
 
 def with_new_rows(matrix, old_ids, new_ids, rows):
-    """
-    Embedding or head [V, D] with `rows` rows: those of new_ids, and all beyond V, are the mean of
-    those of old_ids. Spare rows that no token uses stay as they are.
-    """
+    """Embedding or head [V, D] with `rows` rows: those of new_ids, and all beyond V, are the mean
+    of those of old_ids. Spare rows that no token uses stay as they are."""
     is_old = torch.zeros(len(matrix), dtype=torch.bool)
     is_old[[i for i in old_ids if i < len(matrix)]] = True
     total = 0
@@ -980,13 +989,104 @@ def fill_with(model, weights, source, assign=False):
     model.load_state_dict(weights, assign=assign)
 
 
-def load_checkpoint(path):
-    """
-    Model (float32, evaluation mode), tokenizer, and what else the file held: of a .pt of train.py,
-    or of a checkpoint folder or hub id, which hold nothing else.
-    """
+def transformers_config(c, dtype):
+    """A Config as transformers' config.json: InternVL's -hf one, or that of a plain decoder. Both
+    ways of giving the rope are there, transformers 4's and 5's. ValueError where none computes
+    what this model does."""
+    kind = 'qwen3' if c.qk_norm else 'qwen2' if c.attention_bias else 'llama'
+    if c.qk_norm and c.attention_bias or c.vision_num_layers and c.ps_version != 'v2':
+        raise ValueError('transformers has no such model (qk_norm with attention_bias, or '
+                         f'ps_version={c.ps_version}): it cannot be exported')
+    dtype = str(dtype).removeprefix('torch.')
+    names = dict(qwen2='Qwen2ForCausalLM', qwen3='Qwen3ForCausalLM', llama='LlamaForCausalLM')
+    text = dict(
+        architectures=[names[kind]], model_type=kind, vocab_size=c.vocab_size,
+        hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
+        num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads,
+        num_key_value_heads=c.num_key_value_heads, head_dim=c.head_dim, hidden_act='silu',
+        rms_norm_eps=c.rms_norm_eps, max_position_embeddings=c.max_position_embeddings,
+        rope_theta=c.rope_theta, rope_parameters=dict(rope_type='default', rope_theta=c.rope_theta),
+        tie_word_embeddings=c.tie_word_embeddings, bos_token_id=None,
+        eos_token_id=list(c.eos_token_ids), pad_token_id=c.pad_token_id, dtype=dtype,
+        torch_dtype=dtype)
+    if not c.vision_num_layers:
+        return text
+    vision = dict(
+        model_type='internvl_vision', hidden_size=c.vision_hidden_size,
+        intermediate_size=c.vision_intermediate_size, num_hidden_layers=c.vision_num_layers,
+        num_attention_heads=c.vision_num_heads, layer_norm_eps=c.vision_layer_norm_eps,
+        image_size=[c.image_size] * 2, patch_size=[c.patch_size] * 2, num_channels=3,
+        attention_bias=True, use_qk_norm=False, norm_type='layer_norm', hidden_act='gelu',
+        use_mean_pooling=True, use_absolute_position_embeddings=True)
+    return dict(
+        architectures=['InternVLForConditionalGeneration'], model_type='internvl',
+        text_config=text, vision_config=vision, image_token_id=c.image_token_id,
+        image_seq_length=c.num_image_tokens, downsample_ratio=c.downsample_ratio,
+        projector_hidden_act='gelu', vision_feature_layer=-1,
+        vision_feature_select_strategy='default', tie_word_embeddings=c.tie_word_embeddings,
+        dtype=dtype, torch_dtype=dtype)
+
+
+def their_weights(model):
+    """A model's weights under transformers' names: of an -hf file, or of a plain decoder's."""
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        if name == HEAD and model.config.tie_word_embeddings:
+            continue
+        if not model.config.vision_num_layers:
+            weights[name.removeprefix('language_model.')] = tensor.contiguous()
+            continue
+        parts = {name: tensor}
+        if '.attn.qkv.' in name:
+            parts = {name.replace('.qkv.', f'.{third}.'): part
+                     for third, part in zip('qkv', tensor.chunk(3))}
+        for ours, part in parts.items():
+            for of_ours, of_theirs in HF_NAMES:
+                ours = ours.replace(of_ours, of_theirs)
+            weights[ours] = part.contiguous().clone()
+    return weights
+
+
+def write_pretrained(model, folder, tokenizer, texts):
+    """`MultiCoCo.save_pretrained`: all files are written to a folder beside it, which then gets the
+    name, so that nothing is ever half there."""
+    if os.path.isfile(folder) or os.path.isdir(folder) and os.listdir(folder):
+        raise ValueError(f'{folder} holds something already: give a new or an empty folder')
+    c = model.config
+    config = transformers_config(c, model.language_model.lm_head.weight.dtype)
+    known = dict(tokenizer_class='PreTrainedTokenizerFast', eos_token=tokenizer.eos_token,
+                 pad_token=tokenizer.convert_ids_to_tokens(c.pad_token_id),
+                 bos_token=tokenizer.bos_token, unk_token=tokenizer.unk_token,
+                 chat_template=tokenizer.chat_template, clean_up_tokenization_spaces=False)
+    generation = dict(eos_token_id=list(c.eos_token_ids), pad_token_id=c.pad_token_id)
+    jsons = {'config.json': config, 'generation_config.json': generation, 'tokenizer_config.json':
+             {key: value for key, value in known.items() if value is not None}}
+    texts = {**texts, 'tokenizer.json': tokenizer.backend_tokenizer.to_str(),
+             **{name: json.dumps(content, indent=1) for name, content in jsons.items()}}
+    part = f'{os.path.abspath(folder)}.{os.getpid()}.part'
+    try:
+        os.makedirs(part)
+        for name, text in texts.items():
+            with open(os.path.join(part, name), 'w', encoding='utf-8') as f:
+                f.write(text)
+        save_file(their_weights(model), os.path.join(part, 'model.safetensors'), {'format': 'pt'})
+        if os.path.isdir(folder):
+            os.rmdir(folder)
+        os.rename(part, folder)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f'{folder} was not written ({error}): free some space, or give another '
+                      'folder') from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def load_checkpoint(path, dtype=torch.float32):
+    """Model (in evaluation mode), tokenizer, and what else there was: of a .pt of train.py, whose
+    weights are float32, knobs, stage and more; of a checkpoint folder or hub id, read in `dtype`
+    (see `from_pretrained`), nothing, or what sample.py's --export wrote beside the weights."""
     if not path.endswith('.pt'):
-        return MultiCoCo.from_pretrained(path), load_tokenizer(path), {}
+        model, tokenizer = MultiCoCo.from_pretrained(path, dtype), load_tokenizer(path)
+        return model, tokenizer, read_json(os.path.join(fetch(path), EXPORTED), {})
     saved = read_checkpoint(path)
     fields = saved['config']
     config = Config(**{**fields, 'eos_token_ids': tuple(fields['eos_token_ids'])})
@@ -995,7 +1095,8 @@ def load_checkpoint(path):
     tokenizer = Tokenizer.from_str(saved['tokenizer'])
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=tokenizer.id_to_token(config.eos_token_ids[0]),
-        pad_token=tokenizer.id_to_token(config.pad_token_id))
+        pad_token=tokenizer.id_to_token(config.pad_token_id),
+        chat_template=saved.get('chat_template'))
     return model.eval(), tokenizer, saved
 
 

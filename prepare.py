@@ -74,11 +74,9 @@ SEEING = re.compile(
 
 
 def fill(template, row):
-    """
-    A prompt or answer template with the row's fields. Without an image or choices, what speaks of
-    them is left out: of a prompt the paragraph with {choices}, or the line where {question} is in
-    that too; of an answer all but {answer}.
-    """
+    """A prompt or answer template with the row's fields. Without an image or choices, what speaks
+    of them is left out: of a prompt the paragraph with {choices}, or the line where {question} is
+    in that too; of an answer all but {answer}."""
     choices = [choice.strip() for choice in row.get('choices') or []]
     if not choices:
         parts = [part for part in template.split('\n\n')
@@ -104,9 +102,8 @@ def fill(template, row):
 
 def build_text(row, stage, mode='coconut', c_thought=2, max_latent_stage=4, pad_latent_to_max=True,
                prompt=PROMPT, answer=ANSWER, template='plain', visual_bridge=False):
-    """
-    One row at one stage: (prompt, number of thoughts, target). Training, evaluation and sample.py
-    all come through here.
+    """One row at one stage: (prompt, number of thoughts, target). Training, evaluation and
+    sample.py all come through here.
 
         mode          steps hidden            thoughts
         coconut       the first `stage`       c_thought * stage
@@ -117,11 +114,10 @@ def build_text(row, stage, mode='coconut', c_thought=2, max_latent_stage=4, pad_
 
     A stage beyond max_latent_stage hides all steps behind the thoughts of max_latent_stage. Without
     pad_latent_to_max a row has no more thoughts than its steps ask for; a row that has no steps has
-    the stage's full number, like a question whose steps nobody knows. Stage 0 has no thoughts.
-    """
-    if mode not in MODES or template not in ('plain', 'chatml'):
+    the stage's full number, like a question whose steps nobody knows. Stage 0 has no thoughts."""
+    if mode not in MODES or (template not in ('plain', 'chatml') and '{prompt}' not in template):
         raise ValueError(f'mode={mode!r}, template={template!r}: expected one of '
-                         f'{", ".join(MODES)}; plain or chatml')
+                         f'{", ".join(MODES)}; plain, chatml or chat')
     steps = list(row.get('steps') or ())
     if mode == 'cot':
         stage = 0
@@ -143,15 +139,34 @@ def build_text(row, stage, mode='coconut', c_thought=2, max_latent_stage=4, pad_
     if template == 'chatml':
         text = (f'<|im_start|>system\n{SYSTEM}<|im_end|>\n'
                 f'<|im_start|>user\n{text.rstrip()}<|im_end|>\n<|im_start|>assistant\n')
+    elif template != 'plain':
+        text = template.replace('{prompt}', text.rstrip())
     target = '\n'.join([*lines, fill(answer, row)]) if 'answer' in row else None
     return text + bridge, thoughts, target
 
 
+def frame_of(template, tokenizer):
+    """A knob's template for `build_text`: of 'chat', the tokenizer's own chat turns, the text
+    around {prompt}."""
+    if template != 'chat':
+        return template
+    if not tokenizer.chat_template:
+        raise ValueError("template='chat', but this tokenizer has no chat template: use plain")
+    turns = [dict(role='user', content='{prompt}')]
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+
+def begin_of(prompt, tokenizer):
+    """The ids that a tokenizer puts before every text, as Llama 3's does; [] where the prompt
+    starts with them already."""
+    ids = tokenizer.encode('')
+    return [] if prompt.startswith(tokenizer.decode(ids)) else ids
+
+
 def encode(row, tokenizer, stage, tiles=None, supervised=True, max_length=2560,
            num_image_tokens=256, **text):
-    """
-    One row's model inputs: {input_ids: list, labels: list or None, pixel_values: uint8 [P, 3, S, S]
-    or None}.
+    """One row's model inputs: {input_ids: list, labels: list or None, pixel_values: uint8 [P, 3, S,
+    S] or None}.
 
     tiles             uint8 [P, 3, S, S], the row's image as `tile_image` gives it, or None
     supervised        False leaves out steps and answer, for generation: labels is None
@@ -163,7 +178,7 @@ def encode(row, tokenizer, stage, tiles=None, supervised=True, max_length=2560,
     name = row.get('question_id', '?')
     visual = 0 if tiles is None else len(tiles) * num_image_tokens
     prompt = prompt.replace('<image>', IMG + IMG_CONTEXT * visual + END_IMG)
-    ids = tokenizer.encode(prompt, add_special_tokens=False)
+    ids = begin_of(prompt, tokenizer) + tokenizer.encode(prompt, add_special_tokens=False)
     image_token, latent = tokenizer.convert_tokens_to_ids([IMG_CONTEXT, LATENT])
     if ids.count(image_token) != visual:
         raise ValueError(f'row {name} holds {ids.count(image_token)} {IMG_CONTEXT} tokens, but its '
@@ -225,10 +240,8 @@ def micro_batches(batch, rows):
 
 
 def batches(rows, groups, num_workers=0, pin_memory=False):
-    """
-    Batches of `rows`, a data set, in host memory; `groups` is a list of lists of row numbers:
-    workers decide nothing but time.
-    """
+    """Batches of `rows`, a data set, in host memory; `groups` is a list of lists of row numbers:
+    workers decide nothing but time."""
     loader = torch.utils.data.DataLoader(
         rows, batch_sampler=groups, collate_fn=collate, num_workers=num_workers,
         pin_memory=pin_memory, generator=torch.Generator(),  # not the global one: nothing is drawn
@@ -244,9 +257,8 @@ def batches(rows, groups, num_workers=0, pin_memory=False):
 
 
 def leave_signals_to_the_parent(worker):
-    """
-    Ctrl-C, or a cluster, signals every process; the parent needs its workers until it has saved.
-    """
+    """Ctrl-C, or a cluster, signals every process; the parent needs its workers until it has
+    saved."""
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)
 
@@ -361,10 +373,8 @@ class AnswerReader:
         return -i, end
 
     def said_at(self, place):
-        """
-        (option, end, whether by letter) of what is said here: 'C', '(C) dog', 'a dog', 'dog C';
-        option is -1 where more than one is. None where none is said, or that it is wrong.
-        """
+        """(option, end, whether by letter) of what is said here: 'C', '(C) dog', 'a dog', 'dog C';
+        option is -1 where more than one is. None where none is said, or that it is wrong."""
         place = re.compile(r'["\'„(\[{<\s]*').match(self.text, place).end()
         letter, name = self.letter_at(place), self.name_at(place)
         if not name and (article := ARTICLE.match(self.text, place)):
@@ -482,8 +492,7 @@ def fits_template(text, template, letter, choice):
 
 
 def extract_choice(text, choices, template='', ended=True):
-    """
-    (number of the option that an answer says, True), or (0, False) where none can be read.
+    """(number of the option that an answer says, True), or (0, False) where none can be read.
 
     template  the recipe's answer template: a text that ends as it does says its option
     ended     False for a text that ran out of max_new_tokens: it counts only if it had said
@@ -507,10 +516,8 @@ NUMBERS = 'zero one two three four five six seven eight nine ten'.split()
 
 
 def normalised(text):
-    """
-    A free answer as VQA's evaluation compares them: case, articles, punctuation and number words do
-    not count. Unlike there a minus before a digit stays, and 'none' is no number.
-    """
+    """A free answer as VQA's evaluation compares them: case, articles, punctuation and number words
+    do not count. Unlike there a minus before a digit stays, and 'none' is no number."""
     text = unicodedata.normalize('NFKC', text).lower().replace('’', "'").lstrip('# ')
     text = re.sub(r'(?<!\w)[-−–]\s?(?=\d)', '-', text)
     text = re.sub(r'(?<=\d)\.0+(?!\d)', '', text)                # 18.0
@@ -525,10 +532,8 @@ def normalised(text):
 
 
 def free_answer_is(text, row, template):
-    """
-    Whether a text's last line is a row's answer, with or without the template: (VQA's way,
-    exactly).
-    """
+    """Whether a text's last line is a row's answer, with or without the template: (VQA's way,
+    exactly)."""
     def last_line(text):
         return text.strip().split('\n')[-1].strip()
 
@@ -556,9 +561,8 @@ def check_round_trip(rows, template):
 # --- files and images -----------------------------------------------------------------------------
 @contextlib.contextmanager
 def replacing(path):
-    """
-    Gives a temporary name to write to; renames it to path when all is written, removes it if not.
-    """
+    """Gives a temporary name to write to; renames it to path when all is written, removes it if
+    not."""
     folder = os.path.dirname(path) or '.'
     part = f'{path}.{os.getpid()}.part'
     try:
@@ -598,10 +602,8 @@ def orientation(image):
 
 
 def grey_to_8_bits(image):
-    """
-    Greys of more than 8 bits. White is the full scale that holds the brightest: 1 for fractions,
-    else that of 8, 10, 12, 14 or 16 bits; beyond these scales the range of the picture itself.
-    """
+    """Greys of more than 8 bits. White is the full scale that holds the brightest: 1 for fractions,
+    else that of 8, 10, 12, 14 or 16 bits; beyond these scales the range of the picture itself."""
     grey = np.asarray(image).astype(np.float64)
     finite = np.isfinite(grey)
     low, high = (grey[finite].min(), grey[finite].max()) if finite.any() else (0, 0)
@@ -626,10 +628,8 @@ def pillow_reason(error):
 
 
 def load_image(file):
-    """
-    RGB image from a path or bytes, as a viewer shows it: upright, the first of several frames, what
-    is transparent over white. ValueError in one sentence where it is none.
-    """
+    """RGB image from a path or bytes, as a viewer shows it: upright, the first of several frames,
+    what is transparent over white. ValueError in one sentence where it is none."""
     name = file if isinstance(file, str) else 'image'
     if isinstance(file, str) and not os.path.isfile(file):
         raise FileNotFoundError(f'no image file {file[:200]}')
@@ -665,10 +665,8 @@ def image_header(data):
 
 
 def tile_grid(width, height, size=448, min_tiles=1, max_tiles=8):
-    """
-    (columns, rows) of tiles for an image: the grid of the nearest aspect ratio; on a tie the larger
-    one, if it is filled half.
-    """
+    """(columns, rows) of tiles for an image: the grid of the nearest aspect ratio; on a tie the
+    larger one, if it is filled half."""
     sides = range(1, max_tiles + 1)
     grids = [(i, j) for i in sides for j in sides if min_tiles <= i * j <= max_tiles]
     grids.sort(key=lambda grid: grid[0] * grid[1])
@@ -687,10 +685,8 @@ def count_tiles(width, height, size=448, min_tiles=1, max_tiles=8, thumbnail=Tru
 
 
 def tile_image(image, size=448, min_tiles=1, max_tiles=8, thumbnail=True):
-    """
-    PIL image to uint8 [P, 3, size, size]: the grid's tiles row by row and, if there are several, a
-    thumbnail last.
-    """
+    """PIL image to uint8 [P, 3, size, size]: the grid's tiles row by row and, if there are several,
+    a thumbnail last."""
     i, j = tile_grid(*image.size, size, min_tiles, max_tiles)
     image = image.convert('RGB')
     whole = image.resize((size * i, size * j), Image.Resampling.BICUBIC)
@@ -703,9 +699,8 @@ def tile_image(image, size=448, min_tiles=1, max_tiles=8, thumbnail=True):
 
 
 def load_tiles(row, folder, split, size=448, max_tiles=8, cache=True):
-    """
-    A prepared row's tiles, from the cache, else from its image and into it; None without an image.
-    """
+    """A prepared row's tiles, from the cache, else from its image and into it; None without an
+    image."""
     if not row.get('image'):
         return None
     key = repr((size, 1, max_tiles, True, TILING_VERSION, row['image_hash']))
@@ -723,10 +718,8 @@ def load_tiles(row, folder, split, size=448, max_tiles=8, cache=True):
 
 # --- rows of a prepared data set ------------------------------------------------------------------
 class Rows(torch.utils.data.Dataset):
-    """
-    A prepared split at one stage, encoded row by row. Which row is drawn to which earlier stage
-    depends on seed, epoch and row alone, not on workers or order.
-    """
+    """A prepared split at one stage, encoded row by row. Which row is drawn to which earlier stage
+    depends on seed, epoch and row alone, not on workers or order."""
 
     def __init__(self, rows, split, stage, tokenizer, data_dir='.', image_size=448, max_tiles=8,
                  cache_tiles=True, max_length=2560, num_image_tokens=256, supervised=True,
@@ -753,9 +746,8 @@ class Rows(torch.utils.data.Dataset):
                       **self.text)
 
     def length(self, i, stage=None, count=None):
-        """
-        Tokens of row i at a stage, without a look at its image; `count` counts those of a text.
-        """
+        """Tokens of row i at a stage, without a look at its image; `count` counts those of a
+        text."""
         if count is None:
             def count(text):
                 return len(self.tokenizer.encode(text, add_special_tokens=False))
@@ -769,13 +761,11 @@ class Rows(torch.utils.data.Dataset):
             visual = tiles * self.shape['num_image_tokens'] + 2                 # <img> and </img>
         markers, end = 2 * bool(thoughts), 1
         texts = sum(count(part) for part in prompt.split('<image>')) + count(target or '')
-        return visual + texts + thoughts + markers + end
+        return len(begin_of(prompt, self.tokenizer)) + visual + texts + thoughts + markers + end
 
     def fits(self, i):
-        """
-        Whether row i fits max_length at each stage it may be drawn to. A token has a byte at least,
-        so few rows are tokenized.
-        """
+        """Whether row i fits max_length at each stage it may be drawn to. A token has a byte at
+        least, so few rows are tokenized."""
         most = self.shape['max_length']
         stages = range(self.stage + 1) if self.uniform_prob else [self.stage]
         return all(self.length(i, stage, lambda text: len(text.encode())) <= most
@@ -882,9 +872,8 @@ def sentences(text):
 
 
 def cut_steps(text, spans):
-    """
-    A text as steps: its sentences; a single sentence as up to `spans` nearly equal spans of words.
-    """
+    """A text as steps: its sentences; a single sentence as up to `spans` nearly equal spans of
+    words."""
     found = sentences(text)
     if len(found) != 1:
         return found
@@ -916,9 +905,8 @@ def find_choice(value, choices):
 
 
 def right_choice(raw, choices):
-    """
-    The number of the right option, from correct_choice_idx or answer; None where neither is known.
-    """
+    """The number of the right option, from correct_choice_idx or answer; None where neither is
+    known."""
     index, known = raw.get('correct_choice_idx'), None
     if isinstance(index, str) and index.strip().upper() in tuple(LETTERS):
         index = LETTERS.index(index.strip().upper())
@@ -1063,11 +1051,9 @@ def split_of(name):
 
 
 def find_files(dataset):
-    """
-    The files of a local data set: split -> paths. A folder's parquet files, by a whole word of the
-    name or of the folder they are in; a single file's companions, which differ from it in that word
-    alone.
-    """
+    """The files of a local data set: split -> paths. A folder's parquet files, by a whole word of
+    the name or of the folder they are in; a single file's companions, which differ from it in that
+    word alone."""
     used, own = [], ''
     if os.path.isdir(dataset):
         pattern = os.path.join(glob.escape(dataset), '**', '*.parquet')
@@ -1130,10 +1116,8 @@ def read_json_rows(path):
 
 
 def read_raw(dataset, data_dir):
-    """
-    (split -> sequence of raw rows, folders that their image paths start from) of a JSON or parquet
-    file, a folder of parquet files, or a hub id.
-    """
+    """(split -> sequence of raw rows, folders that their image paths start from) of a JSON or
+    parquet file, a folder of parquet files, or a hub id."""
     if dataset.endswith(('.json', '.jsonl', '.parquet')) and not os.path.isdir(dataset):
         if not os.path.isfile(dataset):
             raise FileNotFoundError(f'no data file {dataset}')
@@ -1334,9 +1318,8 @@ def holds(path, data):
 
 def prepare(raw, folders, data_dir, steps_from, max_latent_stage, image_size, max_tiles,
             cache_tiles):
-    """
-    split -> prepared rows: checks all, then writes images and tiles. Says what it dropped and why.
-    """
+    """split -> prepared rows: checks all, then writes images and tiles. Says what it dropped and
+    why."""
     splits = [Split(rows, split, folders, steps_from, max_latent_stage)
               for split, rows in raw.items()]
     every = [row for split in splits for _, row in split.rows]
@@ -1359,10 +1342,8 @@ def prepare(raw, folders, data_dir, steps_from, max_latent_stage, image_size, ma
 
 
 def train_tokenizer(texts, folder, vocab_size=512):
-    """
-    A byte-level BPE tokenizer with InternVL's and Coconut's special tokens, in transformers'
-    format.
-    """
+    """A byte-level BPE tokenizer with InternVL's and Coconut's special tokens, in transformers'
+    format."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

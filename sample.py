@@ -3,12 +3,14 @@ Answers questions about images with continuous thoughts; as a module, how a mode
 batches and how its answers are scored, in training as here.
 
     python sample.py --ckpt out/best.pt --image cat.jpg
+    python sample.py --ckpt out/best.pt --export FOLDER      for transformers, with a model card
     python sample.py --ckpt out-toy/best.pt --image data/toy/images/test/00000.png \\
                      --question "Four doors from red?" --choices "blue|green|pink|white"
                      --show_thoughts 5
 
 --image takes one file, several separated by commas, or a folder; all are answered in one batch.
 """
+import json
 import math
 import os
 import sys
@@ -18,12 +20,13 @@ import torch
 from PIL import Image
 
 from configurator import configure
-from model import load_checkpoint
-from prepare import (LETTERS, batches, collate, encode, extract_choice, free_answer_is, load_image,
-                     tile_image)
+from model import END_LATENT, EXPORTED, LATENT, START_LATENT, load_checkpoint
+from prepare import (LETTERS, batches, collate, encode, extract_choice, frame_of, free_answer_is,
+                     load_image, tile_image)
 
 # --- knobs ----------------------------------------------------------------------------------------
-ckpt = 'out/best.pt'                      # a .pt of train.py, or a folder or hub id of InternVL
+ckpt = 'out/best.pt'                      # a .pt of train.py, or a model's folder or hub id
+export = ''                               # a new folder: write the model there, ask nothing
 image = ''                                # file, files separated by commas, or folder; '' for none
 question = 'Describe the image.'
 choices = ''                              # options separated by |, for a multiple-choice question
@@ -46,9 +49,8 @@ DIRECTLY = "\n{choices}\nAnswer with the option's letter from the given choices 
 
 # --- device ---------------------------------------------------------------------------------------
 def pick_device(device):
-    """
-    'auto' is the GPU where there is one; 'mps', Apple's, has to be asked for: it was never tried.
-    """
+    """'auto' is the GPU where there is one; 'mps', Apple's, has to be asked for: it was never
+    tried."""
     if device not in ('auto', 'cpu', 'cuda', 'mps'):
         raise ValueError(f'device={device!r}: expected auto, cpu, cuda or mps; '
                          'CUDA_VISIBLE_DEVICES chooses a GPU')
@@ -65,8 +67,9 @@ def pick_device(device):
     return device
 
 
-def pick_dtype(dtype, device):
-    """'auto' is bfloat16 on a GPU that computes in it, float32 elsewhere."""
+def pick_dtype(dtype, device, on_cpu=False):
+    """'auto' is bfloat16 on a GPU that computes in it, and, where on_cpu asks for it, on a CPU that
+    multiplies it; float32 elsewhere."""
     if dtype == 'float16':
         raise ValueError('dtype=float16: its range is too small for the gradients without a loss '
                          'scaler, and for some of the activations; use float32, or bfloat16 on a '
@@ -74,16 +77,19 @@ def pick_dtype(dtype, device):
     if dtype not in ('auto', 'float32', 'bfloat16'):
         raise ValueError(f'dtype={dtype!r}: expected auto, float32 or bfloat16')
     if dtype == 'auto':
-        # not on V100 or T4
-        native = device == 'cuda' and torch.cuda.get_device_capability()[0] >= 8
+        native = False
+        if device == 'cuda':
+            native = torch.cuda.get_device_capability()[0] >= 8  # not V100 or T4
+        elif device == 'cpu' and on_cpu:
+            check = getattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', None)
+            native = bool(check and check())
         return 'bfloat16' if native else 'float32'
     return dtype
 
 
 def peak_memory(device):
-    """
-    The most bytes this process has held: on the GPU, or all of its memory; 0 where none can tell.
-    """
+    """The most bytes this process has held: on the GPU, or all of its memory; 0 where none can
+    tell."""
     if device == 'cuda':
         return torch.cuda.max_memory_allocated()
     try:
@@ -96,17 +102,16 @@ def peak_memory(device):
 
 # --- asking, and scores ---------------------------------------------------------------------------
 def respond(model, tokenizer, batch, rows, answer, **generation):
-    """
-    Free-running answers to a batch: for each row a dict of text, tokens, thoughts, ended (whether
-    it came to its end token) and option, that is the text, or the option that it says as the row
-    spells it; parsed, whether it said one. With choices also choice, its number, 0 where none was
-    said; with a known answer also right, and without choices exact, whether it is the answer letter
-    by letter.
-    """
+    """Free-running answers to a batch: for each row a dict of text, tokens, thoughts, ended
+    (whether it came to its end token) and option, that is the text, or the option that it says as
+    the row spells it; parsed, whether it said one. With choices also choice, its number, 0 where
+    none was said; with a known answer also right, and without choices exact, whether it is the
+    answer letter by letter."""
     new = model.generate(**batch, **generation)
     config = model.config
-    tokens = (new != config.pad_token_id).sum(1).tolist()
-    ended = torch.isin(new, torch.tensor(config.eos_token_ids, device=new.device)).any(1).tolist()
+    is_end = torch.isin(new, torch.tensor(config.eos_token_ids, device=new.device))
+    tokens = (is_end.cumsum(1) - is_end.long() == 0).sum(1).tolist()  # up to and with the first end
+    ended = is_end.any(1).tolist()
     thoughts = (batch['input_ids'] == config.latent_token_id).sum(1).tolist()
     answers = []
     for b, text in enumerate(tokenizer.batch_decode(new, skip_special_tokens=True)):
@@ -127,10 +132,8 @@ def respond(model, tokenizer, batch, rows, answer, **generation):
 
 def ask(model, tokenizer, rows, groups, answer, autocast, loading=None, edit_for=None,
         **generation):
-    """
-    Asks groups of row numbers of `rows`, a prepare.Rows without targets: yields (group, answers,
-    seconds without the loading). edit_for, where given, makes an edit_thought for each group.
-    """
+    """Asks groups of row numbers of `rows`, a prepare.Rows without targets: yields (group, answers,
+    seconds without the loading). edit_for, where given, makes an edit_thought for each group."""
     for group, batch in zip(groups, batches(rows, groups, **loading or {})):
         began = time.time()
         if edit_for:
@@ -142,11 +145,9 @@ def ask(model, tokenizer, rows, groups, answer, autocast, loading=None, edit_for
 
 
 def summarize(answers, seconds):
-    """
-    Metrics of what `respond` gave. Where the answers are known: accuracy, in which an answer that
-    says no option is wrong, with Wilson's 95 % interval; for options also accuracy_default_a, in
-    which it counts as A; for free answers also accuracy_exact, letter by letter.
-    """
+    """Metrics of what `respond` gave. Where the answers are known: accuracy, in which an answer
+    that says no option is wrong, with Wilson's 95 % interval; for options also accuracy_default_a,
+    in which it counts as A; for free answers also accuracy_exact, letter by letter."""
     n, z = len(answers), 1.96
 
     def total(key):
@@ -203,15 +204,63 @@ def find_images(image):
     return [name.strip() for name in image.split(',') if name.strip()] or [None]
 
 
+def model_card(model, saved, source):
+    """README.md of an exported folder: what the model is, its recipe, its measured accuracy, and
+    how thoughts are asked for. Says what is not known."""
+    c, knobs = model.config, saved.get('knobs', {})
+    kind = 'a vision-language model of the InternVL3 family'
+    loader = 'InternVLForConditionalGeneration'
+    if not c.vision_num_layers:
+        kind, loader = 'a text decoder', 'AutoModelForCausalLM'
+    lines = ['---', 'library_name: transformers', '---', f'# {os.path.basename(source)}', '',
+             f'This is {kind}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, '
+             f'written by MultiCoCo from {source}. transformers loads it without further code '
+             f'(`{loader}.from_pretrained`).', '']
+    if 'stage' in saved:
+        lines += [f'It was trained to reason in continuous thoughts (Coconut, arXiv 2412.06769), '
+                  f'mode {knobs["mode"]}, up to stage {saved["stage"]} of the curriculum, epoch '
+                  f'{saved["epoch"]}, step {saved["step"]}, from {knobs["init_from"]} on '
+                  f'{knobs["data_dir"]}.', '',
+                  f'Accuracy on that data\'s validation rows: {100 * saved["accuracy"]:.1f} %, by '
+                  'greedy answers written freely; an answer that says no option counts as wrong.']
+    else:
+        lines += ['It was not trained by MultiCoCo. Its accuracy was not measured.']
+    lines += ['', '## Thoughts', '',
+              f'Behind the prompt stand `{START_LATENT}`, n times `{LATENT}`, `{END_LATENT}`; the '
+              f'input embedding of each `{LATENT}` is the last hidden state, after the final norm, '
+              'at the position before it. transformers\' own `generate` does not do this: there '
+              f'`{LATENT}` is an ordinary token. With MultiCoCo:', '',
+              '    python sample.py --ckpt FOLDER --image cat.jpg --question "..."'
+              if c.vision_num_layers else
+              '    python sample.py --ckpt FOLDER --question "..."', '',
+              '## Recipe', '', *(f'    {key} = {value!r}' for key, value in knobs.items())]
+    return '\n'.join(lines).rstrip() + '\n'
+
+
 if __name__ == '__main__':
     globals().update(configure(globals()))
     device = pick_device(device)
-    model, tokenizer, saved = load_checkpoint(ckpt)
-    model.to(device, getattr(torch, pick_dtype(dtype, device)))
+    model, tokenizer, saved = load_checkpoint(ckpt, 'auto')
+    stored = model.language_model.lm_head.weight.dtype
+    if export:
+        if dtype != 'auto':
+            model.to(getattr(torch, pick_dtype(dtype, device)))
+        keep = ('knobs', 'stage', 'epoch', 'step', 'accuracy')
+        known = {key: saved[key] for key in keep if key in saved}
+        texts = {'README.md': model_card(model, saved, ckpt)}
+        if known:
+            texts[EXPORTED] = json.dumps(known, indent=1)
+        model.save_pretrained(export, tokenizer, texts)
+        print(f'wrote {export}, for transformers and for --ckpt {export}')
+        raise SystemExit(0)
+    dtype = pick_dtype(dtype, device, on_cpu=stored == torch.bfloat16)
+    model.to(device, getattr(torch, dtype))
     if compile:
         how = 'reduce-overhead' if device == 'cuda' else 'default'
         model.step = torch.compile(model.step, mode=how, dynamic=False)
     config, knobs, stage = model.config, saved.get('knobs', UNTRAINED), saved.get('stage', 0)
+    if not (saved or config.vision_num_layers):
+        knobs = {**knobs, 'template': 'chat' if tokenizer.chat_template else 'plain'}
     torch.manual_seed(seed)
 
     # --- rows -------------------------------------------------------------------------------------
@@ -224,6 +273,7 @@ if __name__ == '__main__':
                 'template', 'visual_bridge'):
         if key in knobs:
             text_knobs[key] = knobs[key]
+    text_knobs['template'] = frame_of(text_knobs['template'], tokenizer)
     if num_thoughts >= 0:
         text_knobs.update(c_thought=1, max_latent_stage=num_thoughts)
         stage = num_thoughts
@@ -268,5 +318,5 @@ if __name__ == '__main__':
             print(f'-> {LETTERS[found["choice"]]}. {options[found["choice"]]}')
         elif options:
             print('-> no option could be read from this answer')
-    print(f'\n{len(files)} answers in {seconds:.1f} s on {device}, peak memory '
+    print(f'\n{len(files)} answers in {seconds:.1f} s on {device} in {dtype}, peak memory '
           f'{peak_memory(device) / 1e9:.2f} GB')

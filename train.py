@@ -48,7 +48,8 @@ from configurator import configure
 from model import END_LATENT, IMG_CONTEXT, LATENT, START_LATENT, Config, MultiCoCo
 from model import load_checkpoint, load_tokenizer, read_checkpoint
 from prepare import ANSWER, PROMPT, Rows, batches, build_text, check_round_trip, digest
-from prepare import fitting_rows, micro_batches, read_split, replacing, split_file, supervised
+from prepare import fitting_rows, frame_of, micro_batches, read_split, replacing, split_file
+from prepare import supervised
 from sample import ask, describe, peak_memory, pick_device, pick_dtype, summarize
 
 # --- knobs: data ----------------------------------------------------------------------------------
@@ -61,7 +62,7 @@ num_workers = 1                 # processes that load data beside the training
 # text
 prompt = PROMPT
 answer = ANSWER
-template = 'plain'              # 'plain' or 'chatml', InternVL's chat turns
+template = 'plain'              # 'plain', 'chatml' (InternVL's chat turns) or 'chat' (the model's)
 visual_bridge = False           # words that lead from the image to the steps
 # curriculum
 mode = 'coconut'                # also cot, no_cot, pause, no_thoughts: see prepare.py's build_text
@@ -140,9 +141,8 @@ class Stage(NamedTuple):
 
 
 def preview(now, row_knobs, text_knobs, rates, uniform_prob):
-    """
-    Prints one Stage as it will be trained and asked; rates: the learning rate of each of its steps.
-    """
+    """Prints one Stage as it will be trained and asked; rates: the learning rate of each of its
+    steps."""
     tokenizer = row_knobs['tokenizer']
 
     def text(ids):
@@ -175,10 +175,8 @@ def preview(now, row_knobs, text_knobs, rates, uniform_prob):
 
 
 def newest_whole_epoch(out_dir):
-    """
-    Words that name the newest epoch_{k}.pt that is whole, for a run whose last.pt is not; '' for
-    none.
-    """
+    """Words that name the newest epoch_{k}.pt that is whole, for a run whose last.pt is not; '' for
+    none."""
     paths = glob.glob(os.path.join(out_dir, 'epoch_*.pt'))
     for path in sorted(paths, key=os.path.getmtime, reverse=True):
         try:
@@ -254,8 +252,6 @@ if __name__ == '__main__':  # data workers import this file again where processe
             raise ValueError(f'rank {local_rank} has no GPU, this machine has '
                              f'{torch.cuda.device_count()}: lower --nproc_per_node')
         torch.cuda.set_device(local_rank)
-    dtype = knobs['dtype'] = pick_dtype(dtype, device)
-    autocast = torch.autocast(device, torch.bfloat16) if dtype == 'bfloat16' else nullcontext()
     loading = dict(num_workers=num_workers, pin_memory=device == 'cuda')
     micro = micro_batch_size or batch_size // world
     if micro < 1 or batch_size % (micro * world):
@@ -263,7 +259,8 @@ if __name__ == '__main__':  # data workers import this file again where processe
                          f'rank(s) with micro-batches of {micro}; change one of them')
     text_knobs = dict(mode=mode, c_thought=c_thought, max_latent_stage=max_latent_stage,
                       prompt=prompt, answer=answer, pad_latent_to_max=pad_latent_to_max,
-                      template=template, visual_bridge=visual_bridge)
+                      template='plain' if template == 'chat' else template,
+                      visual_bridge=visual_bridge)
     splits = ['validation']
     if os.path.isfile(split_file(data_dir, 'test')):
         splits.append('test')
@@ -293,9 +290,8 @@ if __name__ == '__main__':  # data workers import this file again where processe
         return values
 
     def end(code=0):
-        """
-        Ends the script, and first the group of ranks: its threads may not outlive the interpreter.
-        """
+        """Ends the script, and first the group of ranks: its threads may not outlive the
+        interpreter."""
         global network  # the DDP wrapper, made below
         network = None  # the threads end with the last reference to the group
         if world > 1:
@@ -330,10 +326,24 @@ if __name__ == '__main__':  # data workers import this file again where processe
     else:
         model, tokenizer, saved = load_checkpoint(init_from)
     config = model.config
+    text_knobs['template'] = frame_of(template, tokenizer)
+    # on a CPU bfloat16 is for models that come in it, and for what was trained so
+    in_bfloat16 = saved['knobs']['dtype'] == 'bfloat16' if saved else init_from != 'scratch'
+    dtype = knobs['dtype'] = pick_dtype(dtype, device, on_cpu=in_bfloat16)
+    autocast = torch.autocast(device, torch.bfloat16) if dtype == 'bfloat16' else nullcontext()
     model.to(device).set_activation_checkpointing(activation_checkpointing)
-    model.vision_model.requires_grad_(not freeze_vision)
     edit_thought = model.as_pause if mode == 'pause' else None
-    modules = dict(vision=model.vision_model, projector=model.mlp1, language=model.language_model)
+    modules = dict(language=model.language_model)
+    if config.vision_num_layers:
+        model.vision_model.requires_grad_(not freeze_vision)
+        modules = dict(vision=model.vision_model, projector=model.mlp1, **modules)
+    else:
+        for split in (splits if eval_only else ['train', *splits]):
+            pictured = [row for row in read_split(data_dir, split) if row.get('image')]
+            if pictured:
+                raise ValueError(f'{len(pictured)} {split} rows have an image (the first is '
+                                 f'{pictured[0]["question_id"]}), but {init_from} is a text '
+                                 'decoder: give an InternVL checkpoint, or text-only data')
     for name, module in modules.items():
         size = sum(p.numel() for p in module.parameters()) / 1e6
         frozen = '' if any(p.requires_grad for p in module.parameters()) else ', frozen'
@@ -401,9 +411,8 @@ if __name__ == '__main__':  # data workers import this file again where processe
 
     @torch.no_grad()
     def evaluate(rows, split):
-        """
-        Free-running greedy answers to rows, shared by the ranks: metrics, and the answers in order.
-        """
+        """Free-running greedy answers to rows, shared by the ranks: metrics, and the answers in
+        order."""
         model.eval()
         cuts = math.ceil(len(rows) / eval_batch_size)
         groups = np.array_split(np.arange(len(rows)), cuts)[rank::world]
@@ -450,9 +459,10 @@ if __name__ == '__main__':  # data workers import this file again where processe
         write('run.json', [*starts, provenance])
         stage = saved.get('stage', 0)  # a checkpoint of another origin writes its steps
         trained = saved.get('knobs', {})
-        for key, value in text_knobs.items():
-            if trained.get(key, value) != value:
-                print(f'{key} is {value!r} here, the checkpoint was trained with {trained[key]!r}')
+        for key in text_knobs:
+            if trained.get(key, knobs[key]) != knobs[key]:
+                print(f'{key} is {knobs[key]!r} here, the checkpoint was trained with '
+                      f'{trained[key]!r}')
         report()
         end()
 
@@ -484,9 +494,8 @@ if __name__ == '__main__':  # data workers import this file again where processe
     last_step = min(total_steps, max_steps or total_steps)
 
     def learning_rate_at(step, now):
-        """
-        Linear warm-up, then a cosine to min_lr_ratio of the peak: over a stage, or the whole run.
-        """
+        """Linear warm-up, then a cosine to min_lr_ratio of the peak: over a stage, or the whole
+        run."""
         done, total = step, total_steps
         if reset_optimizer:
             done, total = step - now.first_step, now.steps * now.epochs
@@ -564,6 +573,7 @@ if __name__ == '__main__':  # data workers import this file again where processe
             return
         content = dict(model=model.state_dict(), config=asdict(config), knobs=knobs,
                        tokenizer=tokenizer.backend_tokenizer.to_str(), provenance=provenance,
+                       chat_template=tokenizer.chat_template,
                        stage=stage, epoch=epoch, step=step, accuracy=accuracy)
         # the workers have no random state: a row's draw depends on seed, epoch and row
         if resumable:
@@ -579,9 +589,8 @@ if __name__ == '__main__':  # data workers import this file again where processe
             os.fsync(f.fileno())
 
     def stop(signum, frame):
-        """
-        SIGTERM and Ctrl-C: the loop saves after the step in hand and ends; again, it ends at once.
-        """
+        """SIGTERM and Ctrl-C: the loop saves after the step in hand and ends; again, it ends at
+        once."""
         signals.append(signum)
         signal.signal(signum, signal.SIG_DFL)
 
@@ -589,9 +598,10 @@ if __name__ == '__main__':  # data workers import this file again where processe
     signal.signal(signal.SIGTERM, stop)
     # without an image in a batch the vision tower has no gradient
     images_everywhere = all(row.get('image') for now in stages for row in now.rows)
+    find_unused = config.vision_num_layers > 0 and not images_everywhere
     network = model
     if world > 1:
-        network = DistributedDataParallel(model, find_unused_parameters=not images_everywhere)
+        network = DistributedDataParallel(model, find_unused_parameters=find_unused)
     if not step:
         save('last.pt', resumable=True)  # from here on the run can be killed at any moment
 
