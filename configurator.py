@@ -19,7 +19,7 @@ import runpy
 import sys
 import traceback
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+HERE = os.path.dirname(os.path.realpath(__file__))
 SCRIPTS = ('prepare', 'train', 'sample', 'experiments/bench', 'experiments/probe')
 TEXTS = ('prompt', 'answer', 'question')  # knobs in which a flag's \n is the end of a line
 
@@ -114,7 +114,7 @@ def one_sentence(kind, error, trace):
     for worker in multiprocessing.active_children():  # they ignore signals: Python would wait
         worker.kill()
     last = traceback.extract_tb(trace)[-1]
-    folder = os.path.dirname(os.path.abspath(last.filename))
+    folder = os.path.dirname(os.path.realpath(last.filename))
     ours = folder in (HERE, os.path.join(HERE, 'experiments'))
     meant = ours and (last.line or '').strip().startswith('raise ')
     if issubclass(kind, (ValueError, OSError)) and meant:

@@ -1376,7 +1376,11 @@ if __name__ == '__main__':
                          'first or all, and numbers of 1 or more')
     if init_from != 'scratch' and not init_from.endswith('.pt'):
         fetch(init_from)  # into the hub's cache now, so that training needs no network
-    os.makedirs(data_dir, exist_ok=True)
+    try:
+        os.makedirs(data_dir, exist_ok=True)
+    except OSError as error:
+        raise OSError(f'data_dir={data_dir!r} cannot be a folder ({error.strerror}): give '
+                      'another') from None
     if dataset in ('toy', 'prosqa'):
         from experiments import toy
         counts = dict(train=train_rows, validation=val_rows, test=test_rows)

@@ -204,7 +204,7 @@ def find_images(image):
     return [name.strip() for name in image.split(',') if name.strip()] or [None]
 
 
-def model_card(model, saved, source):
+def model_card(title, model, saved, source):
     """README.md of an exported folder: what the model is, its recipe, its measured accuracy, and
     how thoughts are asked for. Says what is not known."""
     c, knobs = model.config, saved.get('knobs', {})
@@ -212,7 +212,7 @@ def model_card(model, saved, source):
     loader = 'InternVLForConditionalGeneration'
     if not c.vision_num_layers:
         kind, loader = 'a text decoder', 'AutoModelForCausalLM'
-    lines = ['---', 'library_name: transformers', '---', f'# {os.path.basename(source)}', '',
+    lines = ['---', 'library_name: transformers', '---', f'# {title}', '',
              f'This is {kind}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, '
              f'written by MultiCoCo from {source}. transformers loads it without further code '
              f'(`{loader}.from_pretrained`).', '']
@@ -247,7 +247,8 @@ if __name__ == '__main__':
             model.to(getattr(torch, pick_dtype(dtype, device)))
         keep = ('knobs', 'stage', 'epoch', 'step', 'accuracy')
         known = {key: saved[key] for key in keep if key in saved}
-        texts = {'README.md': model_card(model, saved, ckpt)}
+        title = os.path.basename(os.path.abspath(export))
+        texts = {'README.md': model_card(title, model, saved, ckpt)}
         if known:
             texts[EXPORTED] = json.dumps(known, indent=1)
         model.save_pretrained(export, tokenizer, texts)

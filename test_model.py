@@ -1,7 +1,8 @@
 """
 Tests of model, loading, text and tiles: python -m pytest -q (CPU, no network), which also runs
 experiments/test_runs.py. Oracles: transformers' InternVL on tiny random
-weights, and the obvious path, which recomputes the whole unpadded row from scratch for each thought.
+weights, and the obvious path, which recomputes the whole unpadded row from scratch for each
+thought.
 """
 import ast
 import contextlib
@@ -22,9 +23,11 @@ import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, PreTrainedTokenizerFast
-from transformers import Qwen2Config, Qwen3Config
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 try:  # transformers 5
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
@@ -35,7 +38,7 @@ import configurator
 import prepare
 import sample as sample_script
 from model import Config, IMAGE_MEAN, IMAGE_STD, MultiCoCo, SPECIAL_TOKENS
-from model import add_special_tokens, load_tokenizer, sample
+from model import add_special_tokens, load_checkpoint, load_tokenizer, sample
 
 torch.set_num_threads(1)
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -45,11 +48,12 @@ FIVE = int(transformers.__version__.split('.')[0]) >= 5
 
 
 def tiny_config(**changes):
-    return Config(**{**dict(
-        vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, vision_hidden_size=24, vision_intermediate_size=40, vision_num_layers=2,
-        vision_num_heads=3, image_size=56, image_token_id=IMG, latent_token_id=LATENT, eos_token_ids=(EOS,),
-        pad_token_id=PAD), **changes})
+    fields = dict(vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+                  num_attention_heads=4, num_key_value_heads=2, head_dim=8, vision_hidden_size=24,
+                  vision_intermediate_size=40, vision_num_layers=2, vision_num_heads=3,
+                  image_size=56, image_token_id=IMG, latent_token_id=LATENT, eos_token_ids=(EOS,),
+                  pad_token_id=PAD)
+    return Config(**{**fields, **changes})
 
 
 def tiny_model(seed=0, **changes):
@@ -57,22 +61,25 @@ def tiny_model(seed=0, **changes):
     return MultiCoCo(tiny_config(**changes)).eval()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # stand-ins: a tokenizer of single bytes, a tiny InternVL of transformers, its files in both layouts
 
 def tiny_tokenizer(extra=()):
     """Bytes and InternVL's special tokens, without the three that load_tokenizer adds."""
     vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer.add_special_tokens(['<|endoftext|>', '<|im_start|>', '<|im_end|>', '<img>', '</img>', '<IMG_CONTEXT>',
-                                  *extra])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token='<|im_end|>', pad_token='<|endoftext|>')
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(
+        add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.add_special_tokens(
+        ['<|endoftext|>', '<|im_start|>', '<|im_end|>', '<img>', '</img>', '<IMG_CONTEXT>', *extra])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token='<|im_end|>',
+                                   pad_token='<|endoftext|>')
 
 
 def rope(theta):
     """As transformers 5 writes it, and 4."""
-    return dict(rope_parameters=dict(rope_type='default', rope_theta=theta)) if FIVE else dict(rope_theta=theta)
+    return dict(rope_parameters=dict(rope_type='default', rope_theta=theta)) if FIVE else dict(
+        rope_theta=theta)
 
 
 def tiny_oracle(llm='qwen2', spare=0, seed=0, tokenizer=None):
@@ -82,10 +89,13 @@ def tiny_oracle(llm='qwen2', spare=0, seed=0, tokenizer=None):
                 num_attention_heads=4, num_key_value_heads=2, head_dim=16 if llm == 'qwen3' else 8,
                 max_position_embeddings=512, rms_norm_eps=1e-6,
                 tie_word_embeddings=False, **rope(1e6))
-    vision = InternVLVisionConfig(hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3,
-                                  attention_bias=True, image_size=[56, 56], patch_size=[14, 14])
-    config = InternVLConfig(vision_config=vision, text_config={'qwen2': Qwen2Config, 'qwen3': Qwen3Config}[llm](**text),
-                            image_token_id=tokenizer.convert_tokens_to_ids('<IMG_CONTEXT>'), tie_word_embeddings=False)
+    vision = InternVLVisionConfig(hidden_size=24, intermediate_size=40, num_hidden_layers=2,
+                                  num_attention_heads=3, attention_bias=True, image_size=[56, 56],
+                                  patch_size=[14, 14])
+    config = InternVLConfig(vision_config=vision,
+                            text_config={'qwen2': Qwen2Config, 'qwen3': Qwen3Config}[llm](**text),
+                            image_token_id=tokenizer.convert_tokens_to_ids('<IMG_CONTEXT>'),
+                            tie_word_embeddings=False)
     torch.manual_seed(seed)
     oracle = InternVLForConditionalGeneration(config).eval()
     for p in oracle.parameters():
@@ -98,11 +108,15 @@ def to_opengvlab(folder):
     from safetensors.torch import load_file, save_file
     weights, out = load_file(f'{folder}/model.safetensors'), {}
     pairs = [('vision_tower.embeddings.cls_token', 'vision_model.embeddings.class_embedding'),
-             ('vision_tower.embeddings.position_embeddings', 'vision_model.embeddings.position_embedding'),
-             ('vision_tower.embeddings.patch_embeddings.projection', 'vision_model.embeddings.patch_embedding'),
+             ('vision_tower.embeddings.position_embeddings',
+              'vision_model.embeddings.position_embedding'),
+             ('vision_tower.embeddings.patch_embeddings.projection',
+              'vision_model.embeddings.patch_embedding'),
              ('vision_tower.encoder.layer.', 'vision_model.encoder.layers.'), ('lambda_', 'ls'),
-             ('layernorm_before', 'norm1'), ('layernorm_after', 'norm2'), ('attention.projection_layer', 'attn.proj'),
-             ('multi_modal_projector.layer_norm', 'mlp1.0'), ('multi_modal_projector.linear_1', 'mlp1.1'),
+             ('layernorm_before', 'norm1'), ('layernorm_after', 'norm2'),
+             ('attention.projection_layer', 'attn.proj'),
+             ('multi_modal_projector.layer_norm', 'mlp1.0'),
+             ('multi_modal_projector.linear_1', 'mlp1.1'),
              ('multi_modal_projector.linear_2', 'mlp1.3')]
     for name, tensor in weights.items():
         for a, b in pairs:
@@ -116,20 +130,26 @@ def to_opengvlab(folder):
         out[name] = tensor.contiguous()
     save_file(out, f'{folder}/model.safetensors', metadata={'format': 'pt'})
     c = json.load(open(f'{folder}/config.json'))
-    llm = dict(c['text_config'], rope_theta=1e6, rope_scaling={'rope_type': 'dynamic', 'factor': 2.0})
+    llm = dict(c['text_config'], rope_theta=1e6,
+               rope_scaling={'rope_type': 'dynamic', 'factor': 2.0})
     llm.pop('rope_parameters', None)
     v = c['vision_config']
     vision = dict(hidden_size=v['hidden_size'], intermediate_size=v['intermediate_size'],
-                  num_hidden_layers=v['num_hidden_layers'], num_attention_heads=v['num_attention_heads'],
-                  patch_size=14, image_size=56, qkv_bias=True, qk_normalization=False, norm_type='layer_norm')
-    json.dump(dict(model_type='internvl_chat', downsample_ratio=0.5, ps_version='v2', select_layer=-1,
-                   force_image_size=56, llm_config=llm, vision_config=vision), open(f'{folder}/config.json', 'w'))
+                  num_hidden_layers=v['num_hidden_layers'],
+                  num_attention_heads=v['num_attention_heads'], patch_size=14, image_size=56,
+                  qkv_bias=True, qk_normalization=False, norm_type='layer_norm')
+    json.dump(
+        dict(model_type='internvl_chat', downsample_ratio=0.5, ps_version='v2', select_layer=-1,
+             force_image_size=56, llm_config=llm, vision_config=vision),
+        open(f'{folder}/config.json', 'w'))
 
 
-def save_tiny(folder, llm='qwen2', layout='hf', spare=0, extra=(), shard_size='5GB', dtype=torch.float32):
+def save_tiny(folder, llm='qwen2', layout='hf', spare=0, extra=(), shard_size='5GB',
+              dtype=torch.float32):
     """A tiny checkpoint folder; gives the oracle."""
     tokenizer = tiny_tokenizer(extra)
-    tiny_oracle(llm, spare, tokenizer=tokenizer).to(dtype).save_pretrained(folder, max_shard_size=shard_size)
+    tiny_oracle(llm, spare,
+                tokenizer=tokenizer).to(dtype).save_pretrained(folder, max_shard_size=shard_size)
     oracle = InternVLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer.save_pretrained(folder)
     if layout == 'opengvlab':
@@ -146,10 +166,8 @@ def loaded(tmp_path_factory):
 
 
 def make_batch(config, tiles, thoughts=None, seed=0, length=12, start=5):
-    """
-    A padded batch: row b has tiles[b] tiles and, for each run in thoughts[b], that many thoughts and then two tokens.
-    Gives forward's arguments with labels behind the prompt.
-    """
+    """A padded batch: row b has tiles[b] tiles and, for each run in thoughts[b], that many thoughts
+    and then two tokens. Gives forward's arguments with labels behind the prompt."""
     g = torch.Generator().manual_seed(seed)
     thoughts = thoughts or [()] * len(tiles)
     rows, per_tile = [], config.num_image_tokens
@@ -158,11 +176,17 @@ def make_batch(config, tiles, thoughts=None, seed=0, length=12, start=5):
         ids = text[:3] + [config.image_token_id] * (P * per_tile) + text[3:]
         prompt = len(ids)
         for run in runs:
-            ids += [config.latent_token_id] * run + torch.randint(start, 80, (2,), generator=g).tolist()
+            ids += [config.latent_token_id] * run + torch.randint(start, 80,
+                                                                  (2, ), generator=g).tolist()
         ids += torch.randint(start, 80, (4,), generator=g).tolist()
-        labels = [-100] * prompt + [-100 if i == config.latent_token_id else i for i in ids[prompt:]]
-        rows.append(dict(input_ids=ids, labels=labels, pixel_values=torch.randint(
-            0, 256, (P, 3, config.image_size, config.image_size), dtype=torch.uint8, generator=g) if P else None))
+        labels = [-100] * prompt + [
+            -100 if i == config.latent_token_id else i for i in ids[prompt:]
+        ]
+        rows.append(
+            dict(
+                input_ids=ids, labels=labels,
+                pixel_values=torch.randint(0, 256, (P, 3, config.image_size, config.image_size),
+                                           dtype=torch.uint8, generator=g) if P else None))
     return prepare.collate(rows)
 
 
@@ -184,19 +208,21 @@ def normalised(tiles):
 
 
 def obvious(model, row, run=None):
-    """
-    Logits [1, T, V] and thoughts of one unpadded row: for each thought in order, the whole row so far from scratch.
-    `run` gives hidden states [1, t, D] of embeddings [1, t, D]; by default one pass of our decoder over a row without
-    chunks.
-    """
+    """Logits [1, T, V] and thoughts of one unpadded row: for each thought in order, the whole row
+    so far from scratch. `run` gives hidden states [1, t, D] of embeddings [1, t, D]; by default one
+    pass of our decoder over a row without chunks."""
     def ours(x):
-        return model.decode(x, torch.arange(x.shape[1])[None], None, [((), ())] * model.config.num_hidden_layers)
+        return model.decode(x,
+                            torch.arange(x.shape[1])[None], None,
+                            [((), ())] * model.config.num_hidden_layers)
     run, ids = run or ours, row['input_ids']
     x = model.embed_text(ids)
     if row['pixel_values'] is not None:
         visual = model.embed_image(row['pixel_values']).flatten(0, 1)
         parts = iter(visual)
-        x = torch.stack([next(parts) if i == model.config.image_token_id else e for i, e in zip(ids[0], x[0])])[None]
+        x = torch.stack([
+            next(parts) if i == model.config.image_token_id else e for i, e in zip(ids[0], x[0])
+        ])[None]
     thoughts = []
     for p in (ids[0] == model.config.latent_token_id).nonzero()[:, 0].tolist():
         thoughts.append(run(x[:, :p])[:, -1:])
@@ -212,13 +238,14 @@ THOUGHTS = [(), (1,), (3,), (2, 1, 2)]  # none, one, three in a row, separated r
 TILES = [0, 1, 3, 1]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # parity with transformers
 
 @pytest.mark.parametrize('llm', ('qwen2', 'qwen3'))
 @pytest.mark.parametrize('layout', ('hf', 'opengvlab'))
 def test_logits_equal_transformers(tmp_path, llm, layout):
-    oracle = save_tiny(tmp_path, llm, layout, dtype=torch.bfloat16)  # bf16 files, compared in float32
+    oracle = save_tiny(tmp_path, llm, layout,
+                       dtype=torch.bfloat16)  # bf16 files, compared in float32
     model = MultiCoCo.from_pretrained(str(tmp_path))
     batch = make_batch(model.config, TILES)
     ours = model(**without_labels(batch)).logits
@@ -236,10 +263,13 @@ def test_greedy_ids_equal_transformers(loaded):
         model.language_model.lm_head.weight[262:] = 0
     for b in range(len(TILES)):
         row = one_row(batch, b)
-        pixels = {} if row['pixel_values'] is None else dict(pixel_values=normalised(row['pixel_values']))
-        theirs = oracle.generate(
-            input_ids=row['input_ids'], attention_mask=torch.ones_like(row['input_ids']), **pixels, max_new_tokens=16,
-            do_sample=False, eos_token_id=list(model.config.eos_token_ids), pad_token_id=model.config.pad_token_id)
+        pixels = {} if row['pixel_values'] is None else dict(
+            pixel_values=normalised(row['pixel_values']))
+        theirs = oracle.generate(input_ids=row['input_ids'],
+                                 attention_mask=torch.ones_like(row['input_ids']), **pixels,
+                                 max_new_tokens=16, do_sample=False,
+                                 eos_token_id=list(model.config.eos_token_ids),
+                                 pad_token_id=model.config.pad_token_id)
         theirs = theirs[:, row['input_ids'].shape[1]:]
         ours = model.generate(**without_labels(batch), max_new_tokens=16)[b:b + 1, :theirs.shape[1]]
         assert ours.tolist() == theirs.tolist(), f'row {b}'
@@ -248,10 +278,8 @@ def test_greedy_ids_equal_transformers(loaded):
 @pytest.mark.parametrize('llm', ('qwen2', 'qwen3'))
 @pytest.mark.parametrize('layout', ('hf', 'opengvlab'))
 def test_thoughts_equal_the_obvious_path_over_transformers(tmp_path, llm, layout):
-    """
-    The strongest oracle: our latent loop against transformers' decoder, called anew on the whole row for every
-    thought.
-    """
+    """The strongest oracle: our latent loop against transformers' decoder, called anew on the whole
+    row for every thought."""
     oracle = save_tiny(tmp_path, llm, layout, dtype=torch.bfloat16)
     model = MultiCoCo.from_pretrained(str(tmp_path))
     batch = make_batch(model.config, TILES, THOUGHTS)
@@ -265,7 +293,7 @@ def test_thoughts_equal_the_obvious_path_over_transformers(tmp_path, llm, layout
         assert not out.thoughts[b, len(thoughts):].any()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the latent loop against the obvious path
 
 def gradients(model, loss):
@@ -277,13 +305,17 @@ def gradients(model, loss):
 def assert_same_gradients(a, b, tolerance=1e-4):
     assert a.keys() == b.keys()
     for name in a:
-        assert b[name].norm() > 0 or name.endswith('k_proj.bias') or 'blocks' in name, f'{name} has no gradient'
-        assert (a[name] - b[name]).norm() <= tolerance * b[name].norm() + 1e-7, f'{name} {relative(a[name], b[name])}'
+        assert b[name].norm() > 0 or name.endswith(
+            'k_proj.bias') or 'blocks' in name, f'{name} has no gradient'
+        assert (a[name] - b[name]).norm(
+        ) <= tolerance * b[name].norm() + 1e-7, f'{name} {relative(a[name], b[name])}'
 
 
-@pytest.mark.parametrize('thoughts', (THOUGHTS, [(8,)] * 4, [()] * 4), ids=('mixed', 'aligned', 'none'))
+@pytest.mark.parametrize('thoughts', (THOUGHTS, [(8, )] * 4, [()] * 4),
+                         ids=('mixed', 'aligned', 'none'))
 def test_loop_equals_obvious_path(thoughts):
-    """Logits, loss and every parameter's gradient; rows with other numbers of tiles and thoughts in one batch."""
+    """Logits, loss and every parameter's gradient; rows with other numbers of tiles and thoughts in
+    one batch."""
     model = tiny_model()
     batch = make_batch(model.config, TILES, thoughts)
     logits = model(**without_labels(batch)).logits
@@ -309,7 +341,8 @@ def test_a_row_alone_equals_the_row_in_a_batch():
 
 
 def test_gradient_reaches_the_first_thought():
-    """Public implementations detach thoughts and do not notice. It must equal the obvious path's, too."""
+    """Public implementations detach thoughts and do not notice. It must equal the obvious path's,
+    too."""
     model = tiny_model()
     row = one_row(make_batch(model.config, [1], [(4,)]), 0)
     seen = {}
@@ -317,7 +350,8 @@ def test_gradient_reaches_the_first_thought():
     assert sorted(seen) == [1, 2, 3, 4]
     fast = torch.autograd.grad(loss, seen[1])[0]
     logits, thoughts = obvious(model, row)
-    slow = torch.autograd.grad(F.cross_entropy(logits[0, :-1], row['labels'][0, 1:]), thoughts[0])[0]
+    slow = torch.autograd.grad(F.cross_entropy(logits[0, :-1], row['labels'][0, 1:]),
+                               thoughts[0])[0]
     assert fast.norm() > 1e-4
     assert relative(fast, slow[0]) < 1e-4
 
@@ -341,11 +375,13 @@ def test_bfloat16_autocast_is_near_float32(qwen3):
         rough = model(**batch).loss
     rough.backward()
     assert exact.item() != rough.item() == pytest.approx(exact.item(), rel=0.02)
-    assert all(p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in model.parameters())
+    assert all(p.grad.isfinite().all() and p.grad.dtype == torch.float32
+               for p in model.parameters())
 
 
 def test_micro_batches_give_the_gradient_of_the_batch():
-    """Weighted by supervised tokens; rows differ in tiles, thoughts and targets, and some parts hold no image."""
+    """Weighted by supervised tokens; rows differ in tiles, thoughts and targets, and some parts
+    hold no image."""
     model = tiny_model()
     batch = make_batch(model.config, TILES + [0], THOUGHTS + [(1,)])
     batch['labels'][1, -6:] = -100  # unequal numbers of targets
@@ -353,29 +389,33 @@ def test_micro_batches_give_the_gradient_of_the_batch():
     count = lambda b: (b['labels'][:, 1:] != -100).sum()
     for rows in (1, 2, 3):
         parts = prepare.micro_batches(dict(batch), rows)
-        assert len(parts) == -(-5 // rows) and len(parts[-1]['pixel_values']) == (rows == 3)
-        assert_same_gradients(gradients(model, sum(model(**p).loss * count(p) / count(batch) for p in parts)),
-                              whole, 1e-5)
+        assert len(parts) == -(-5 // rows)
+        assert len(parts[-1]['pixel_values']) == (rows == 3)
+        assert_same_gradients(
+            gradients(model, sum(model(**p).loss * count(p) / count(batch) for p in parts)), whole,
+            1e-5)
 
 
 def test_edit_thought_is_what_is_fed_back():
     model = tiny_model()
     batch = without_labels(make_batch(model.config, TILES, THOUGHTS))
     clean, zeroed = model(**batch), model(**batch, edit_thought=lambda k, t: t * 0)
-    assert not zeroed.thoughts.any() and clean.thoughts.any()
+    assert not zeroed.thoughts.any()
+    assert clean.thoughts.any()
     assert relative(clean.logits[0], zeroed.logits[0]) == 0     # row 0 has no thoughts
     assert relative(clean.logits[2], zeroed.logits[2]) > 1e-3
     pause = model(**batch, edit_thought=model.as_pause)
     x = dict(batch, input_ids=torch.where(batch['input_ids'] == LATENT, 99, batch['input_ids']))
     with torch.no_grad():  # a plain token with the same embedding
-        model.language_model.model.embed_tokens.weight[99] = model.language_model.model.embed_tokens.weight[LATENT]
+        model.language_model.model.embed_tokens.weight[
+            99] = model.language_model.model.embed_tokens.weight[LATENT]
     plain = model(**x)
     assert plain.thoughts.shape[1] == 0
     real = batch['attention_mask'].bool()
     assert relative(pause.logits[real], plain.logits[real]) < 1e-5
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # generation
 
 def slow_generate(model, row, steps):
@@ -400,16 +440,19 @@ def test_cached_generation_equals_uncached(boost):
             if boost is not None:
                 model.language_model.lm_head.weight[boost] *= 3
         batch = make_batch(model.config, TILES, THOUGHTS, seed=seed)
-        for b, ids in enumerate(model.generate(**without_labels(batch), max_new_tokens=16).tolist()):
+        for b, ids in enumerate(
+                model.generate(**without_labels(batch), max_new_tokens=16).tolist()):
             slow = slow_generate(model, one_row(batch, b), 16)
-            assert ids[:len(slow)] == slow and set(ids[len(slow):]) <= {PAD}
+            assert ids[:len(slow)] == slow
+            assert set(ids[len(slow):]) <= {PAD}
             ended, latents = ended + (slow[-1] == EOS), latents + slow.count(LATENT)
     assert boost != LATENT or latents > 5
     assert boost != EOS or 0 < ended < 12
 
 
 def test_rows_that_ended_leave_the_batch():
-    """Half of the rows ended: the others go on alone, with the same ids. A hook is promised all rows and keeps them."""
+    """Half of the rows ended: the others go on alone, with the same ids. A hook is promised all
+    rows and keeps them."""
     model = tiny_model()
     with torch.no_grad():
         model.language_model.lm_head.weight[IMG] = 0
@@ -421,18 +464,22 @@ def test_rows_that_ended_leave_the_batch():
     shrunk = sizes[:]
     kept = model.generate(**batch, max_new_tokens=40, edit_thought=lambda k, t: t)
     assert torch.equal(left, kept)
-    assert len({B for B, width in shrunk}) > 1 and {B for B, width in sizes[len(shrunk):]} == {8}
+    assert len({B for B, width in shrunk}) > 1
+    assert {B for B, width in sizes[len(shrunk):]} == {8}
     assert left.shape[1] == max((row != PAD).sum() for row in left)  # no column of padding alone
 
 
 def test_what_generate_promises():
-    """Thoughts are numbered on through the answer, each end token ends a row, and no position is beyond the model's."""
+    """Thoughts are numbered on through the answer, each end token ends a row, and no position is
+    beyond the model's."""
     model = tiny_model(eos_token_ids=(EOS, 7), max_position_embeddings=64)
     with torch.no_grad():
         model.language_model.lm_head.weight[IMG] = 0
     batch, asked = without_labels(make_batch(model.config, TILES, THOUGHTS)), []
-    model.generate(**batch, max_new_tokens=4, edit_thought=lambda k, thought: asked.append(k) or thought)
-    assert asked == [1, 2, 3, 4, 5, 6, 7, 8]  # five in the prompt, then one before each further token
+    model.generate(**batch, max_new_tokens=4,
+                   edit_thought=lambda k, thought: asked.append(k) or thought)
+    assert asked == [1, 2, 3, 4, 5, 6, 7,
+                     8]  # five in the prompt, then one before each further token
     with torch.no_grad():
         model.language_model.lm_head.weight.zero_()
         model.language_model.lm_head.weight[7] = 1e3 * model.language_model.model.norm.weight.sign()
@@ -444,7 +491,8 @@ def test_what_generate_promises():
     assert set(ends.flatten().tolist()) | set(others.flatten().tolist()) == {7, EOS}
     longest = int(batch['attention_mask'].sum(1).max())
     model.generate(**batch, max_new_tokens=64 - longest)
-    with pytest.raises(ValueError, match=f'{longest} prompt tokens and {65 - longest} new ones exceed'):
+    with pytest.raises(ValueError,
+                       match=f'{longest} prompt tokens and {65 - longest} new ones exceed'):
         model.generate(**batch, max_new_tokens=65 - longest)
 
 
@@ -452,7 +500,8 @@ def test_a_compiled_step_gives_the_same_ids():
     model = tiny_model()
     batch = without_labels(make_batch(model.config, TILES, THOUGHTS))
     plain = model.generate(**batch, max_new_tokens=9)
-    model.step = torch.compile(model.step, backend='aot_eager', fullgraph=True, dynamic=False)  # one graph, fixed shape
+    model.step = torch.compile(model.step, backend='aot_eager', fullgraph=True,
+                               dynamic=False)  # one graph, fixed shape
     with torch.compiler.set_stance('default'):
         assert torch.equal(model.generate(**batch, max_new_tokens=9), plain)
 
@@ -466,16 +515,19 @@ def test_sampling():
     assert draw(0, temperature=1.0) == draw(0, temperature=1.0) != draw(1, temperature=1.0)
     assert draw(0, temperature=1.0, top_p=1e-6) == greedy
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(20000, 4)
-    share = lambda *how: sample(logits, *how, torch.Generator().manual_seed(0)).bincount(minlength=4) / 20000
+    share = lambda *how: sample(logits, *how,
+                                torch.Generator().manual_seed(0)).bincount(minlength=4) / 20000
     assert share(1.0, 1.0).tolist() == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.015)
-    assert share(0.5, 1.0).tolist() == pytest.approx([0.685, 0.247, 0.062, 0.007], abs=0.015)  # squares
-    assert share(1.0, 0.6).tolist() == pytest.approx([0.625, 0.375, 0, 0], abs=0.015)  # the fewest that hold 0.6
+    assert share(0.5, 1.0).tolist() == pytest.approx([0.685, 0.247, 0.062, 0.007],
+                                                     abs=0.015)  # squares
+    assert share(1.0, 0.6).tolist() == pytest.approx([0.625, 0.375, 0, 0],
+                                                     abs=0.015)  # the fewest that hold 0.6
     for bad in (dict(temperature=-1), dict(top_p=0), dict(max_new_tokens=0)):
         with pytest.raises(ValueError, match='expected temperature'):
             model.generate(**batch, **bad)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # fusion
 
 def test_uint8_tiles_equal_float_tiles():
@@ -494,7 +546,8 @@ def test_flagged_tiles_are_dropped():
     padded = dict(batch, pixel_values=torch.cat((dummy, batch['pixel_values'])),
                   image_flags=torch.tensor([0, 1, 1, 1, 1]))
     assert torch.equal(model(**padded).logits, expected)
-    assert torch.equal(model(**dict(padded, num_tiles=torch.tensor([1, 1, 3]))).logits, expected)  # the dummy counted
+    assert torch.equal(model(**dict(padded, num_tiles=torch.tensor([1, 1, 3]))).logits,
+                       expected)  # the dummy counted
     with pytest.raises(ValueError, match='image_flags has 2 entries for 5 tiles'):
         model(**dict(padded, image_flags=torch.tensor([0, 1])))
 
@@ -523,7 +576,8 @@ def test_what_stands_in_padding_counts_nothing():
     batch = without_labels(make_batch(model.config, TILES, THOUGHTS))
     real = batch['attention_mask'].bool()
     filled = dict(batch, input_ids=torch.where(real, batch['input_ids'], IMG))
-    assert not real.all() and torch.equal(model(**filled).logits[real], model(**batch).logits[real])
+    assert not real.all()
+    assert torch.equal(model(**filled).logits[real], model(**batch).logits[real])
 
 
 def test_forward_refuses_what_does_not_hold_together():
@@ -541,11 +595,12 @@ def test_forward_refuses_what_does_not_hold_together():
         tiny_model(max_position_embeddings=3)(torch.tensor([[5, 6, 7, 8]]))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # checkpoints and tokens
 
 def test_tokens_are_added_once(tmp_path):
-    save_tiny(tmp_path, extra=['<video>'])  # as the -hf tokenizers: a token without a row in the embedding
+    save_tiny(tmp_path,
+              extra=['<video>'])  # as the -hf tokenizers: a token without a row in the embedding
     tokenizer = load_tokenizer(str(tmp_path))
     size = len(tokenizer)
     assert size == 262 + 1 + 3
@@ -556,24 +611,27 @@ def test_tokens_are_added_once(tmp_path):
     for token in SPECIAL_TOKENS:
         assert again.convert_tokens_to_ids(token) == tokenizer.convert_tokens_to_ids(token) < size
     text = f'a{"".join(SPECIAL_TOKENS)} b'
-    assert again.encode(text) == tokenizer.encode(text) and len(again.encode(text)) == 3 + len(SPECIAL_TOKENS)
+    assert again.encode(text) == tokenizer.encode(text)
+    assert len(again.encode(text)) == 3 + len(SPECIAL_TOKENS)
     assert again.decode(again.encode(text), skip_special_tokens=True) == 'a b'
 
 
 @pytest.mark.parametrize('spare', (0, 10))
 def test_new_rows_are_the_mean(tmp_path, spare):
-    """
-    Whether the matrices have to grow or already hold spare rows, as InternVL3.5's do; embedding and head are untied.
-    """
+    """Whether the matrices have to grow or already hold spare rows, as InternVL3.5's do; embedding
+    and head are untied."""
     oracle = save_tiny(tmp_path, spare=spare)
     model, tokenizer = MultiCoCo.from_pretrained(str(tmp_path)), load_tokenizer(str(tmp_path))
     new = tokenizer.convert_tokens_to_ids(['<|start-latent|>', '<|latent|>', '<|end-latent|>'])
-    assert new == [262, 263, 264] and model.config.vocab_size == max(262 + spare, 265)
-    for ours, theirs in ((model.language_model.model.embed_tokens, oracle.model.language_model.embed_tokens),
-                         (model.language_model.lm_head, oracle.lm_head)):
+    assert new == [262, 263, 264]
+    assert model.config.vocab_size == max(262 + spare, 265)
+    for ours, theirs in ((model.language_model.model.embed_tokens,
+                          oracle.model.language_model.embed_tokens), (model.language_model.lm_head,
+                                                                      oracle.lm_head)):
         assert torch.equal(ours.weight[:262], theirs.weight[:262])
         assert torch.allclose(ours.weight[new], theirs.weight[:262].mean(0), atol=1e-6)
-        assert torch.equal(ours.weight[265:262 + spare], theirs.weight[265:])  # no token's: they stay as they are
+        assert torch.equal(ours.weight[265:262 + spare],
+                           theirs.weight[265:])  # no token's: they stay as they are
 
 
 def test_sharded_bfloat16(tmp_path):
@@ -582,14 +640,17 @@ def test_sharded_bfloat16(tmp_path):
     assert len([f for f in os.listdir(tmp_path / 'many') if f.endswith('.safetensors')]) > 2
     one, many = (MultiCoCo.from_pretrained(str(tmp_path / n), dtype=torch.bfloat16).state_dict()
                  for n in ('one', 'many'))
-    assert (all(torch.equal(one[k], many[k]) and one[k].dtype == torch.bfloat16 for k in one)
-            and one.keys() == many.keys())
+    assert all(torch.equal(one[k], many[k]) and one[k].dtype == torch.bfloat16 for k in one)
+    assert one.keys() == many.keys()
 
 
 def edit_files(folder, weights=None, config=None):
     from safetensors.torch import load_file, save_file
     if weights:
-        tensors = {name: tensor.clone() for name, tensor in load_file(f'{folder}/model.safetensors').items()}
+        tensors = {
+            name: tensor.clone()
+            for name, tensor in load_file(f'{folder}/model.safetensors').items()
+        }
         weights(tensors)
         save_file(tensors, f'{folder}/model.safetensors', metadata={'format': 'pt'})
     if config:
@@ -598,16 +659,20 @@ def edit_files(folder, weights=None, config=None):
         json.dump(c, open(f'{folder}/config.json', 'w'))
 
 
-@pytest.mark.parametrize('message, weights, config', (
-    ('language_model.model.norm.weight is missing', lambda w: w.pop('language_model.model.norm.weight'), None),
-    ('extra.weight is not known', lambda w: w.update({'extra.weight': torch.zeros(1)}), None),
-    (r'mlp1.1.bias is \[31\], expected \[32\]',
-     lambda w: w.update({'multi_modal_projector.linear_1.bias': torch.zeros(31)}), None),
-    ('only q, v is there', lambda w: w.pop('vision_tower.encoder.layer.1.attention.k_proj.weight'), None),
-    (r'embed_tokens is \[262, 32\], but config.json describes \[\[300, 32\]\]', None,
-     lambda c: c['text_config'].update(vocab_size=300)),
-    ('its text model_type is internlm2, not qwen2 or qwen3', None, lambda c: c['text_config'].update(model_type='internlm2')),
-    ('its vision use_qk_norm is True, not False', None, lambda c: c['vision_config'].update(use_qk_norm=True))))
+@pytest.mark.parametrize(
+    'message, weights, config',
+    (('language_model.model.norm.weight is missing',
+      lambda w: w.pop('language_model.model.norm.weight'), None),
+     ('extra.weight is not known', lambda w: w.update({'extra.weight': torch.zeros(1)}), None),
+     (r'mlp1.1.bias is \[31\], expected \[32\]',
+      lambda w: w.update({'multi_modal_projector.linear_1.bias': torch.zeros(31)}), None),
+     ('only q, v is there', lambda w: w.pop('vision_tower.encoder.layer.1.attention.k_proj.weight'),
+      None), (r'embed_tokens is \[262, 32\], but config.json describes \[\[300, 32\]\]', None,
+              lambda c: c['text_config'].update(vocab_size=300)),
+     ('its text model_type is internlm2, not qwen2 or qwen3', None,
+      lambda c: c['text_config'].update(model_type='internlm2')),
+     ('its vision use_qk_norm is True, not False', None,
+      lambda c: c['vision_config'].update(use_qk_norm=True))))
 def test_import_is_total(tmp_path, message, weights, config):
     save_tiny(tmp_path)
     edit_files(tmp_path, weights, config)
@@ -625,20 +690,26 @@ def test_a_tied_head_stays_tied(tmp_path):
     """The file holds no head; ours is the embedding, also after a step of training."""
     from safetensors.torch import load_file, save_file
     save_tiny(tmp_path)
-    weights = {name: tensor.clone() for name, tensor in load_file(tmp_path / 'model.safetensors').items()}
+    weights = {
+        name: tensor.clone()
+        for name, tensor in load_file(tmp_path / 'model.safetensors').items()
+    }
     headless = {name: tensor for name, tensor in weights.items() if 'lm_head' not in name}
     save_file(headless, tmp_path / 'model.safetensors')
     config = json.load(open(tmp_path / 'config.json'))
     json.dump(dict(config, tie_word_embeddings=True), open(tmp_path / 'config.json', 'w'))
     model = MultiCoCo.from_pretrained(str(tmp_path))
     assert model.language_model.lm_head.weight is model.language_model.model.embed_tokens.weight
-    assert torch.equal(model.language_model.lm_head.weight[:262], weights['language_model.model.embed_tokens.weight'])
+    assert torch.equal(model.language_model.lm_head.weight[:262],
+                       weights['language_model.model.embed_tokens.weight'])
 
 
 def test_the_first_pixel_shuffle_has_its_axes_turned():
-    """OpenGVLab's 'v1' leaves out the last transposition, so rows and columns of visual tokens change places."""
+    """OpenGVLab's 'v1' leaves out the last transposition, so rows and columns of visual tokens
+    change places."""
     tiles = torch.randint(0, 256, (2, 3, 112, 112), dtype=torch.uint8)
-    v1, v2 = (tiny_model(image_size=112, ps_version=version).embed_image(tiles) for version in ('v1', 'v2'))
+    v1, v2 = (tiny_model(image_size=112, ps_version=version).embed_image(tiles)
+              for version in ('v1', 'v2'))
     grid = lambda x: x.unflatten(1, (4, 4))
     torch.testing.assert_close(grid(v1), grid(v2).transpose(1, 2))
     assert not torch.allclose(v1, v2)
@@ -650,41 +721,48 @@ def test_incomplete_checkpoints(tmp_path, monkeypatch):
     os.remove(tmp_path / 'a' / 'config.json')
     os.rename(tmp_path / 'b' / 'model.safetensors', tmp_path / 'b' / 'pytorch_model.bin')
     os.remove(sorted((tmp_path / 'c').glob('*.safetensors'))[1])
-    for name, message in (('a', 'no config.json'), ('b', 'only safetensors'), ('c', 'lacks model-00002'),
-                          ('d', 'neither a folder nor a hub id')):
+    for name, message in (('a', 'no config.json'), ('b', 'only safetensors'),
+                          ('c', 'lacks model-00002'), ('d', 'neither a folder nor a hub id')):
         with pytest.raises(OSError, match=message):
             MultiCoCo.from_pretrained(str(tmp_path / name))
     damaged = tmp_path / 'b' / 'model.safetensors'
     damaged.write_bytes((tmp_path / 'b' / 'pytorch_model.bin').read_bytes()[:1000])
     with pytest.raises(ValueError, match='is damaged .* download it again'):
         MultiCoCo.from_pretrained(str(tmp_path / 'b'))
-    monkeypatch.setattr('model.snapshot_download', lambda *a, **k: (_ for _ in ()).throw(OSError('no route')))
+    monkeypatch.setattr('model.snapshot_download', lambda *a, **k:
+                        (_ for _ in ()).throw(OSError('no route')))
     with pytest.raises(OSError, match='could not be reached .* local folder .* config/toy.py'):
         MultiCoCo.from_pretrained('some/model')
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # text
 
-ROW = dict(question_id='q1', question='What flies?', choices=['cat', 'kite', 'dog', 'car'], correct_choice_idx=1,
-           answer='kite', steps=['It is windy.', 'I see a string.', 'It is in the sky.'],
-           explanation='It is windy.', image='x.png')
+ROW = dict(question_id='q1', question='What flies?', choices=['cat', 'kite', 'dog',
+                                                              'car'], correct_choice_idx=1,
+           answer='kite', steps=['It is windy.', 'I see a string.',
+                                 'It is in the sky.'], explanation='It is windy.', image='x.png')
 
 
 def test_text_of_each_stage():
     prompt = ('<image>\nQuestion: What flies?\n\nChoices:\nA. cat\nB. kite\nC. dog\nD. car\n\n'
               'Let me think step by step:\n')
     end = 'The answer is B. kite'
-    assert prepare.build_text(ROW, 0) == (prompt, 0, 'It is windy.\nI see a string.\nIt is in the sky.\n' + end)
+    assert prepare.build_text(ROW,
+                              0) == (prompt, 0,
+                                     'It is windy.\nI see a string.\nIt is in the sky.\n' + end)
     assert prepare.build_text(ROW, 2) == (prompt, 4, 'It is in the sky.\n' + end)
     assert prepare.build_text(ROW, 4) == (prompt, 8, end)
     assert prepare.build_text(ROW, 4, pad_latent_to_max=False) == (prompt, 6, end)
-    assert prepare.build_text(ROW, 3, max_latent_stage=2, c_thought=1) == (prompt, 2, end)  # which drops the rest
+    assert prepare.build_text(ROW, 3, max_latent_stage=2,
+                              c_thought=1) == (prompt, 2, end)  # which drops the rest
     assert prepare.build_text(ROW, 2, mode='cot') == prepare.build_text(ROW, 0)
     assert prepare.build_text(ROW, 2, mode='no_cot') == (prompt, 0, end)
-    assert prepare.build_text(ROW, 2, mode='no_thoughts') == (prompt, 0, 'It is in the sky.\n' + end)
+    assert prepare.build_text(ROW, 2,
+                              mode='no_thoughts') == (prompt, 0, 'It is in the sky.\n' + end)
     assert prepare.build_text(ROW, 2, mode='pause') == prepare.build_text(ROW, 2)
-    assert prepare.build_text(ROW, 0, answer='{choice} {letter}: {explanation}')[2].endswith('kite B: It is windy.')
+    assert prepare.build_text(
+        ROW, 0, answer='{choice} {letter}: {explanation}')[2].endswith('kite B: It is windy.')
     with pytest.raises(ValueError, match='{lettre}.*it may use'):
         prepare.build_text(ROW, 0, answer='{lettre}')
     with pytest.raises(ValueError, match="mode='coco'"):
@@ -695,15 +773,16 @@ def test_text_only_rows():
     row = dict(question='Is Tom a dog?', steps=['Tom is a cat.'], answer='No.')
     assert prepare.build_text(row, 0) == (
         'Question: Is Tom a dog?\n\nLet me think step by step:\n', 0, 'Tom is a cat.\nNo.')
-    assert prepare.build_text(row, 1, prompt='{question}\n', answer='### {answer}', c_thought=1) == (
-        'Is Tom a dog?\n', 1, '### No.')
+    assert prepare.build_text(row, 1, prompt='{question}\n', answer='### {answer}',
+                              c_thought=1) == ('Is Tom a dog?\n', 1, '### No.')
 
 
 def test_a_prompt_without_choices_keeps_its_question():
     """Where the choices stand in the question's own paragraph only their line goes."""
     row = dict(question='Is Tom a dog?', image='x.png')
     assert prepare.fill('<image>{question}\n{choices}\n', row) == '<image>Is Tom a dog?\n'
-    assert prepare.fill(prepare.PROMPT, row) == '<image>\nQuestion: Is Tom a dog?\n\nLet me think step by step:\n'
+    assert prepare.fill(prepare.PROMPT,
+                        row) == '<image>\nQuestion: Is Tom a dog?\n\nLet me think step by step:\n'
     assert prepare.fill('{question}\n\nChoices:\n{choices}\n\nA:', row) == 'Is Tom a dog?\n\nA:'
     for wrong in ('{question.x}', '{question[x]}', '{other}', '{', '{0}'):
         with pytest.raises(ValueError, match='cannot be filled'):
@@ -712,46 +791,59 @@ def test_a_prompt_without_choices_keeps_its_question():
 
 def test_visual_bridge():
     bridge = lambda stage: prepare.build_text(ROW, stage, visual_bridge=True)
-    assert bridge(0)[2].startswith('Looking at the image, It is windy.') and 'Analyzing' not in bridge(0)[0]
-    assert (bridge(1)[0].endswith(':\nAnalyzing the visual information:\n')
-            and bridge(1)[2].startswith('I see a string.'))
+    assert bridge(0)[2].startswith('Looking at the image, It is windy.')
+    assert 'Analyzing' not in bridge(0)[0]
+    assert bridge(1)[0].endswith(':\nAnalyzing the visual information:\n')
+    assert bridge(1)[2].startswith('I see a string.')
     assert bridge(2)[2].startswith('From what I can see, It is in the sky.')
     assert bridge(3)[2] == 'The answer is B. kite'
 
 
 def test_chatml():
     prompt, _, target = prepare.build_text(ROW, 0, template='chatml')
-    assert (prompt.startswith('<|im_start|>system\n你是')
-            and prompt.endswith('step by step:<|im_end|>\n<|im_start|>assistant\n'))
-    assert '<|im_start|>user\n<image>\nQuestion' in prompt and target.endswith('B. kite')
+    assert prompt.startswith('<|im_start|>system\n你是')
+    assert prompt.endswith('step by step:<|im_end|>\n<|im_start|>assistant\n')
+    assert '<|im_start|>user\n<image>\nQuestion' in prompt
+    assert target.endswith('B. kite')
     system, user, turn = prompt.split('<|im_end|>\n')
-    assert system.endswith('联合开发的多模态大语言模型。') and user.startswith('<|im_start|>user\n')
+    assert system.endswith('联合开发的多模态大语言模型。')
+    assert user.startswith('<|im_start|>user\n')
     assert turn == '<|im_start|>assistant\n'
 
 
 def test_encode_supervises_only_what_follows(loaded):
     _, model, tokenizer = loaded
     tiles, N = torch.zeros(2, 3, 56, 56, dtype=torch.uint8), 4
-    encode = lambda stage, **k: prepare.encode(ROW, tokenizer, stage, tiles, num_image_tokens=N, **k)
+    encode = lambda stage, **k: prepare.encode(ROW, tokenizer, stage, tiles, num_image_tokens=N, **k
+                                               )
     ids = {t: tokenizer.convert_tokens_to_ids(t) for t in SPECIAL_TOKENS}
     for stage in range(4):
         row = encode(stage)
         first = next(i for i, label in enumerate(row['labels']) if label != -100)
-        assert row['labels'][first:] == row['input_ids'][first:] and row['labels'][-1] == tokenizer.eos_token_id
+        assert row['labels'][first:] == row['input_ids'][first:]
+        assert row['labels'][-1] == tokenizer.eos_token_id
         assert tokenizer.decode(row['labels'][first:-1]) == prepare.build_text(ROW, stage)[2]
         before = encode(stage, supervised=False)
-        assert before['input_ids'] == row['input_ids'][:first] and before['labels'] is None  # evaluation sends the same
+        assert before['input_ids'] == row['input_ids'][:first]
+        assert before['labels'] is None  # evaluation sends the same
         assert before['input_ids'].count(ids['<IMG_CONTEXT>']) == 2 * N
         markers = [ids['<|start-latent|>'], *[ids['<|latent|>']] * 2 * stage, ids['<|end-latent|>']]
-        assert before['input_ids'][-len(markers):] == markers if stage else not set(markers) & set(row['input_ids'])
-    with pytest.raises(ValueError, match=r'row q1 needs \d+ tokens \(8 visual, 2 thoughts\), max_length is 20'):
+        assert before['input_ids'][-len(markers):] == markers if stage else not set(markers) & set(
+            row['input_ids'])
+    with pytest.raises(ValueError,
+                       match=r'row q1 needs \d+ tokens \(8 visual, 2 thoughts\), max_length is 20'):
         encode(1, max_length=20)
-    with pytest.raises(ValueError, match='row q1 holds 9 <IMG_CONTEXT> tokens, but its 2 tiles give 8'):
-        prepare.encode(dict(ROW, question='<IMG_CONTEXT>?'), tokenizer, 0, tiles, num_image_tokens=N)
-    with pytest.raises(ValueError, match='row q1 holds 0 <IMG_CONTEXT> tokens, but its 2 tiles give 8'):
+    with pytest.raises(ValueError,
+                       match='row q1 holds 9 <IMG_CONTEXT> tokens, but its 2 tiles give 8'):
+        prepare.encode(dict(ROW, question='<IMG_CONTEXT>?'), tokenizer, 0, tiles,
+                       num_image_tokens=N)
+    with pytest.raises(ValueError,
+                       match='row q1 holds 0 <IMG_CONTEXT> tokens, but its 2 tiles give 8'):
         prepare.encode(ROW, tokenizer, 0, tiles, num_image_tokens=N, prompt='{question}')
     with pytest.raises(ValueError, match='row q1 has no answer'):
-        prepare.encode({k: v for k, v in ROW.items() if k != 'answer'}, tokenizer, 0, tiles, num_image_tokens=N)
+        prepare.encode({k: v
+                        for k, v in ROW.items()
+                        if k != 'answer'}, tokenizer, 0, tiles, num_image_tokens=N)
 
 
 def test_stage_0_holds_no_thought_and_mixing_depends_on_the_row_alone(loaded):
@@ -763,8 +855,10 @@ def test_stage_0_holds_no_thought_and_mixing_depends_on_the_row_alone(loaded):
                    for r in prepare.Rows(rows, 'train', 0, tokenizer, uniform_prob=uniform_prob))
     split = prepare.Rows(rows, 'train', 3, tokenizer, uniform_prob=0.4, seed=1, epoch=2)
     stages = [split.stage_of(i) for i in range(200)]
-    assert 100 < stages.count(3) < 140 and set(stages) == {0, 1, 2, 3}
-    assert prepare.Rows(rows[::-1], 'train', 3, tokenizer, uniform_prob=0.4, seed=1, epoch=2).stage_of(0) == stages[-1]
+    assert 100 < stages.count(3) < 140
+    assert set(stages) == {0, 1, 2, 3}
+    assert prepare.Rows(rows[::-1], 'train', 3, tokenizer, uniform_prob=0.4, seed=1,
+                        epoch=2).stage_of(0) == stages[-1]
     for other in (dict(seed=2, epoch=2), dict(seed=1, epoch=1)):
         again = prepare.Rows(rows, 'train', 3, tokenizer, uniform_prob=0.4, **other)
         assert [again.stage_of(i) for i in range(200)] != stages
@@ -778,28 +872,36 @@ def test_rows_that_cannot_fit_are_known_without_their_tiles(loaded):
     for stage in (0, 2):
         need = len(prepare.encode(row, tokenizer, stage, tiles, num_image_tokens=4)['input_ids'])
         for most, fits in ((need, True), (need - 1, False)):
-            rows = prepare.Rows([row], 'train', stage, tokenizer, image_size=56, max_length=most, num_image_tokens=4)
-            assert rows.fits(0) is fits and rows.length(0) == need
-            mixed = prepare.Rows([row], 'train', stage, tokenizer, image_size=56, max_length=most, num_image_tokens=4,
-                                 uniform_prob=0.1)
-            assert mixed.fits(0) is (fits and stage == 0)  # drawn to stage 0, all steps in words, the row is longer
+            rows = prepare.Rows([row], 'train', stage, tokenizer, image_size=56, max_length=most,
+                                num_image_tokens=4)
+            assert rows.fits(0) is fits
+            assert rows.length(0) == need
+            mixed = prepare.Rows([row], 'train', stage, tokenizer, image_size=56, max_length=most,
+                                 num_image_tokens=4, uniform_prob=0.1)
+            assert mixed.fits(0) is (fits and stage == 0
+                                     )  # drawn to stage 0, all steps in words, the row is longer
 
 
-@pytest.mark.parametrize('text, expected', (
-    ('It is windy.\nThe answer is B. kite', (1, True)), ('Answer: (C)', (2, True)), ('**Answer:** D', (3, True)),
-    ('blue\nkite B', (1, True)), ('B', (1, True)), ('(C).', (2, True)), ('a Kite, surely', (1, True)),
-    ('not a dog but a kite', (1, True)), ('The answer is kite', (1, True)),
-    ('The answer is A. cat\nNo, the answer is D. car', (3, True)), ('A person walks', (0, False)),
-    ('carpet', (0, False)), ('', (0, False))))
+@pytest.mark.parametrize('text, expected',
+                         (('It is windy.\nThe answer is B. kite',
+                           (1, True)), ('Answer: (C)', (2, True)), ('**Answer:** D', (3, True)),
+                          ('blue\nkite B', (1, True)), ('B', (1, True)), ('(C).', (2, True)),
+                          ('a Kite, surely', (1, True)), ('not a dog but a kite', (1, True)),
+                          ('The answer is kite', (1, True)),
+                          ('The answer is A. cat\nNo, the answer is D. car', (3, True)),
+                          ('A person walks', (0, False)), ('carpet', (0, False)), ('', (0, False))))
 def test_choice_extraction(text, expected):
     assert prepare.extract_choice(text, ROW['choices']) == expected
-    assert prepare.extract_choice('a black cat', ['cat', 'black cat', 'dog', 'car']) == (1, True)  # the longer of two
+    assert prepare.extract_choice('a black cat',
+                                  ['cat', 'black cat', 'dog', 'car']) == (1, True
+                                                                          )  # the longer of two
 
 
 def test_answers_are_scored(loaded):
     """Without choices by the last line; the interval is Wilson's, as tables of it have it."""
     _, model, tokenizer = loaded
-    texts, row = ('Tom is a cat.\n### Yes.', '### No.', 'Yes.', ''), dict(answer='Yes.', question='?')
+    texts, row = ('Tom is a cat.\n### Yes.', '### No.', 'Yes.',
+                  ''), dict(answer='Yes.', question='?')
 
     class Says:
         config = model.config
@@ -813,15 +915,17 @@ def test_answers_are_scored(loaded):
     assert [one['right'] for one in said] == [True, False, True, False]
     assert [one['exact'] for one in said] == [True, False, False, False]
     assert [one['text'] for one in said] == list(texts)
-    assert [one['tokens'] for one in said] == [len(text) + 1 for text in texts] and said[0]['thoughts'] == 1
+    assert [one['tokens'] for one in said] == [len(text) + 1 for text in texts]
+    assert said[0]['thoughts'] == 1
     assert all(one['parsed'] for one in said)
     one = dict(tokens=1, thoughts=0, parsed=True, ended=True)
-    interval = lambda right, n: sample_script.summarize([dict(one, right=i < right) for i in range(n)], 1.0)['interval']
+    interval = lambda right, n: sample_script.summarize(
+        [dict(one, right=i < right) for i in range(n)], 1.0)['interval']
     assert interval(8, 10) == pytest.approx([0.4902, 0.9433], abs=1e-4)
     assert interval(500, 500) == pytest.approx([0.9924, 1], abs=1e-4)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # images
 
 @pytest.mark.parametrize('max_tiles', (1, 8, 12))
@@ -830,8 +934,8 @@ def test_tiles_equal_transformers(max_tiles):
     processor = GotOcr2ImageProcessorPil(size=dict(height=56, width=56), crop_to_patches=True,
                                          min_patches=1, max_patches=max_tiles)
     rng = np.random.default_rng(0)
-    sizes = [(640, 480), (480, 640), (500, 375), (640, 427), (612, 612), (640, 360), (640, 512), (1, 1), (1, 5000),
-             (5000, 7), (56, 56), (79, 80)]
+    sizes = [(640, 480), (480, 640), (500, 375), (640, 427), (612, 612), (640, 360), (640, 512),
+             (1, 1), (1, 5000), (5000, 7), (56, 56), (79, 80)]
     for w, h in sizes + [tuple(rng.integers(1, 400, 2).tolist()) for _ in range(20)]:
         image = Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8))
         theirs = processor(image, return_tensors='np', do_rescale=False, do_normalize=False,
@@ -842,8 +946,8 @@ def test_tiles_equal_transformers(max_tiles):
 
 
 def test_tile_counts_of_internvl():
-    for (w, h), at_8, at_12 in (((640, 480), 7, 13), ((640, 427), 7, 7), ((612, 612), 1, 1), ((640, 640), 5, 5),
-                                ((640, 512), 1, 13)):
+    for (w, h), at_8, at_12 in (((640, 480), 7, 13), ((640, 427), 7, 7), ((612, 612), 1, 1),
+                                ((640, 640), 5, 5), ((640, 512), 1, 13)):
         assert (prepare.count_tiles(w, h), prepare.count_tiles(w, h, max_tiles=12)) == (at_8, at_12)
 
 
@@ -858,8 +962,10 @@ def test_images_of_all_kinds(tmp_path):
     rgb.resize((1, 5000)).save(tmp_path / 'line.png')
     for name in ('deep.png', 'palette.png', 'cmyk.jpg', 'dot.png', 'line.png'):
         image = prepare.load_image(str(tmp_path / name))
-        assert image.mode == 'RGB' and prepare.tile_image(image, 56).shape[1:] == (3, 56, 56)
-    assert np.abs(np.asarray(prepare.load_image(str(tmp_path / 'deep.png')))[..., 0] - grey).max() <= 1  # not clipped
+        assert image.mode == 'RGB'
+        assert prepare.tile_image(image, 56).shape[1:] == (3, 56, 56)
+    assert np.abs(np.asarray(prepare.load_image(str(tmp_path / 'deep.png')))[..., 0] -
+                  grey).max() <= 1  # not clipped
     turned = Image.new('RGB', (8, 4))
     exif = turned.getexif()
     exif[0x0112] = 6
@@ -869,7 +975,8 @@ def test_images_of_all_kinds(tmp_path):
     data = (tmp_path / 'cut.png').read_bytes()
     (tmp_path / 'cut.png').write_bytes(data[:len(data) // 2])
     (tmp_path / 'text.png').write_text('no image')
-    for name, message in (('cut.png', 'cannot be read as an image'), ('text.png', 'cannot be read as an image')):
+    for name, message in (('cut.png', 'cannot be read as an image'),
+                          ('text.png', 'cannot be read as an image')):
         with pytest.raises(ValueError, match=message):
             prepare.load_image(str(tmp_path / name))
     with pytest.raises(FileNotFoundError, match='no image file'):
@@ -877,7 +984,8 @@ def test_images_of_all_kinds(tmp_path):
 
 
 def test_lengths_are_those_of_the_tokens_whatever_stands_around_the_image(tmp_path):
-    """A tokenizer that merges line ends: those before and behind the image must not be counted as one."""
+    """A tokenizer that merges line ends: those before and behind the image must not be counted as
+    one."""
     prepare.train_tokenizer(['a\n\nb\n\nc\n\n'] * 20, str(tmp_path))
     tokenizer = load_tokenizer(str(tmp_path))
     assert len(tokenizer.encode('\n\n')) == 1
@@ -890,36 +998,45 @@ def test_lengths_are_those_of_the_tokens_whatever_stands_around_the_image(tmp_pa
 
 
 def test_the_tile_cache(tmp_path, monkeypatch):
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(tmp_path / 'a.png')
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3),
+                                                      dtype=np.uint8)).save(tmp_path / 'a.png')
     row = dict(image='a.png', image_hash='0')
     load = lambda **k: prepare.load_tiles(row, str(tmp_path), 'train', **{**dict(size=28), **k})
-    cached = lambda: sorted((tmp_path / 'cache' / 'tiles' / 'train').glob('*')) if (tmp_path / 'cache').exists() else []
+    cached = lambda: sorted(
+        (tmp_path / 'cache' / 'tiles' / 'train').glob('*')) if (tmp_path / 'cache').exists() else [
+        ]
     plain = load(cache=False)
     assert not cached()
-    assert torch.equal(load(), plain) and len(cached()) == 1
+    assert torch.equal(load(), plain)
+    assert len(cached()) == 1
     monkeypatch.setattr(prepare, 'tile_image', lambda *a: pytest.fail('tiled again'))
     assert torch.equal(load(), plain)
     monkeypatch.undo()
-    assert len(load(max_tiles=1)) == 1 and len(cached()) == 2       # other parameters, another file
+    assert len(load(max_tiles=1)) == 1
+    assert len(cached()) == 2       # other parameters, another file
     row['image_hash'] = '1'
-    load()                                                          # another picture under the same name
-    assert len(cached()) == 3 and not [f for f in cached() if f.suffix != '.npy']
+    load()  # another picture under the same name
+    assert len(cached()) == 3
+    assert not [f for f in cached() if f.suffix != '.npy']
 
 
 def test_files_are_whole_or_not_there(tmp_path, monkeypatch):
     path = str(tmp_path / 'file')
     with prepare.replacing(path) as part, open(part, 'w') as f:
         f.write('old')
-    for error, message in ((OSError(28, 'No space left on device'), 'disk is full'), (KeyboardInterrupt(), None)):
+    for error, message in ((OSError(28, 'No space left on device'), 'disk is full'),
+                           (KeyboardInterrupt(), None)):
         with pytest.raises(type(error), match=message):
             with prepare.replacing(path) as part, open(part, 'w') as f:
                 f.write('half')
                 raise error
-        assert open(path).read() == 'old' and os.listdir(tmp_path) == ['file']
+        assert open(path).read() == 'old'
+        assert os.listdir(tmp_path) == ['file']
     with pytest.raises(RuntimeError, match='a bug'):  # not every error is a full disk
         with prepare.replacing(path):
             raise RuntimeError('a bug')
-    monkeypatch.setattr(prepare.shutil, 'disk_usage', lambda folder: type('Usage', (), dict(free=0)))
+    monkeypatch.setattr(prepare.shutil, 'disk_usage',
+                        lambda folder: type('Usage', (), dict(free=0)))
     with pytest.raises(OSError, match='disk is full'):  # as torch.save says it
         with prepare.replacing(path):
             raise RuntimeError('PytorchStreamWriter failed writing file')
@@ -930,32 +1047,40 @@ RAW = dict(question_id='a', question='Q? ', choices=list('wxyz'), correct_choice
 
 
 def test_rows_of_aokvqa():
-    build = lambda split='train', steps_from='first', **k: prepare.build_row(dict(RAW, **k), split, steps_from, 4)
+    build = lambda split='train', steps_from='first', **k: prepare.build_row(
+        dict(RAW, **k), split, steps_from, 4)
     row, _ = build()
     assert (row['question'], row['steps'], row['answer'], row['explanation']) == (
         'Q?', ['One two.', 'Three!'], 'y', 'One two.')
     assert build(steps_from='all')[0]['steps'] == ['One two. Three!', 'b']
-    assert build(rationales=['one two three four five six'])[0]['steps'] == ['one two', 'three four', 'five', 'six']
+    assert build(rationales=['one two three four five six'])[0]['steps'] == [
+        'one two', 'three four', 'five', 'six'
+    ]
     assert build(rationales=['one two'])[0]['steps'] == ['one', 'two']
     assert build(choices=list('vwxyz'))[0]['answer'] == 'x'
-    assert build(choices=['w'])[1] == build(choices=list('rstuvwxyz'))[1] == 'without 2 to 8 options'
-    assert build(correct_choice_idx=4)[1] == build(correct_choice_idx=None)[1] == 'without a valid correct_choice_idx'
+    assert build(choices=['w'])[1] == build(
+        choices=list('rstuvwxyz'))[1] == 'without 2 to 8 options'
+    assert build(correct_choice_idx=4)[1] == build(
+        correct_choice_idx=None)[1] == 'without a valid correct_choice_idx'
     assert build(rationales=[])[0]['steps'] == build('validation', rationales=[])[0]['steps'] == []
     test_row, _ = build('test', correct_choice_idx=None, rationales=None)
-    assert 'answer' not in test_row and 'steps' not in test_row
+    assert 'answer' not in test_row
+    assert 'steps' not in test_row
 
 
 def parquet(folder, split, rows):
     from datasets import Dataset, Features, Image as ImageFeature, Sequence, Value
     os.makedirs(folder, exist_ok=True)
-    features = Features(
-        image=ImageFeature(), question_id=Value('string'), question=Value('string'), choices=Sequence(Value('string')),
-        correct_choice_idx=Value('int8'), rationales=Sequence(Value('string')))
-    Dataset.from_list(rows, features=features).to_parquet(f'{folder}/{split}-00000-of-00001.parquet')
+    features = Features(image=ImageFeature(), question_id=Value('string'), question=Value('string'),
+                        choices=Sequence(Value('string')), correct_choice_idx=Value('int8'),
+                        rationales=Sequence(Value('string')))
+    Dataset.from_list(rows,
+                      features=features).to_parquet(f'{folder}/{split}-00000-of-00001.parquet')
 
 
 def script(*args, fails=False):
-    """Runs one of the scripts as a user would, but in this process, which saves the imports; gives what it printed."""
+    """Runs one of the scripts as a user would, but in this process, which saves the imports; gives
+    what it printed."""
     out, err, code, argv, hook = io.StringIO(), io.StringIO(), 0, sys.argv, sys.excepthook
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     sys.argv = list(map(str, args))
@@ -980,29 +1105,41 @@ def script(*args, fails=False):
 
 
 def test_every_row_has_an_id_of_its_own(tmp_path):
-    split = lambda *raw: prepare.prepare(dict(validation=raw), [], str(tmp_path), 'first', 4, 448, 8, True)['validation']
-    assert ([row['question_id'] for row in split({**RAW, 'question_id': ''}, RAW, {**RAW, 'question_id': ''})]
-            == ['0', 'a', '2'])
-    with pytest.raises(ValueError, match='2 rows with question_id a: every row needs one of its own'):
+    split = lambda *raw: prepare.prepare(dict(validation=raw), [], str(tmp_path), 'first', 4, 448,
+                                         8, True)['validation']
+    assert ([
+        row['question_id']
+        for row in split({**RAW, 'question_id': ''}, RAW, {**RAW, 'question_id': ''})
+    ] == ['0', 'a', '2'])
+    with pytest.raises(ValueError,
+                       match='2 rows with question_id a: every row needs one of its own'):
         split(RAW, RAW)
 
 
 def test_prepare_drops_counts_and_names(tmp_path):
     png = io.BytesIO()
     Image.new('RGB', (80, 60), 'red').save(png, 'PNG')
-    good, cut = (dict(bytes=b, path=None) for b in (png.getvalue(), png.getvalue()[:len(png.getvalue()) // 2 + 20]))
+    good, cut = (dict(bytes=b, path=None)
+                 for b in (png.getvalue(), png.getvalue()[:len(png.getvalue()) // 2 + 20]))
     rows = [dict(RAW, question_id=f'good{i}', image=good) for i in range(4)]
-    rows += [dict(RAW, question_id='one', image=good, choices=['w']), dict(RAW, question_id='cut', image=cut),
-             dict(RAW, question_id='range', image=good, correct_choice_idx=7),
-             dict(RAW, question_id='text', image=dict(bytes=b'no', path=None))]
+    rows += [
+        dict(RAW, question_id='one', image=good, choices=['w']),
+        dict(RAW, question_id='cut', image=cut),
+        dict(RAW, question_id='range', image=good, correct_choice_idx=7),
+        dict(RAW, question_id='text', image=dict(bytes=b'no', path=None))
+    ]
     parquet(tmp_path / 'in', 'train', rows)
     parquet(tmp_path / 'in', 'validation', rows[:2])
-    args = ['prepare.py', '--dataset', tmp_path / 'in', '--data_dir', tmp_path / 'out', '--image_size=28',
-            '--max_tiles=4', '--init_from=scratch']
+    args = [
+        'prepare.py', '--dataset', tmp_path / 'in', '--data_dir', tmp_path / 'out',
+        '--image_size=28', '--max_tiles=4', '--init_from=scratch'
+    ]
     said = script(*args)
-    assert ('dropped 1 rows without 2 to 8 options: one' in said
-            and 'dropped 1 rows without a valid correct_choice_idx: range' in said)
-    assert 'dropped 2 rows with an unreadable image: text' in said and 'cut (' in said and 'train: 4 rows of 8' in said
+    assert 'dropped 1 rows without 2 to 8 options: one' in said
+    assert 'dropped 1 rows without a valid correct_choice_idx: range' in said
+    assert 'dropped 2 rows with an unreadable image: text' in said
+    assert 'cut (' in said
+    assert 'train: 4 rows of 8' in said
     kept = prepare.read_split(str(tmp_path / 'out'), 'train')
     assert [r['question_id'] for r in kept] == [f'good{i}' for i in range(4)]
     files = {f: f.stat().st_mtime_ns for f in (tmp_path / 'out').rglob('*.npy')}
@@ -1013,27 +1150,33 @@ def test_prepare_drops_counts_and_names(tmp_path):
     (tmp_path / 'other').mkdir()
     Dataset.from_list([dict(a=1)] * 2).to_parquet(f'{tmp_path}/other/train.parquet')
     assert 'has no column question but a: rows are read by the names question, image, ' in script(
-        'prepare.py', '--dataset', tmp_path / 'other', '--data_dir', tmp_path / 'o2', '--init_from=scratch', fails=True)
+        'prepare.py', '--dataset', tmp_path / 'other', '--data_dir', tmp_path / 'o2',
+        '--init_from=scratch', fails=True)
     parquet(tmp_path / 'empty', 'train', rows[4:])
-    assert 'train holds no usable row of ' in script(
-        'prepare.py', '--dataset', tmp_path / 'empty', '--data_dir', tmp_path / 'o2', '--init_from=scratch', fails=True)
-    assert 'holds no train' in script(
-        'prepare.py', '--dataset', tmp_path / 'out', '--data_dir', tmp_path / 'o2', '--init_from=scratch', fails=True)
+    assert 'train holds no usable row of ' in script('prepare.py', '--dataset', tmp_path / 'empty',
+                                                     '--data_dir', tmp_path / 'o2',
+                                                     '--init_from=scratch', fails=True)
+    assert 'holds no train' in script('prepare.py', '--dataset', tmp_path / 'out', '--data_dir',
+                                      tmp_path / 'o2', '--init_from=scratch', fails=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # what people bring
 
 def test_code_of_a_checkpoint_folder_is_never_run(tmp_path, monkeypatch):
-    """OpenGVLab's folders name code of their own, and transformers' Auto classes ask to run it; here nothing asks."""
+    """OpenGVLab's folders name code of their own, and transformers' Auto classes ask to run it;
+    here nothing asks."""
     save_tiny(tmp_path, layout='opengvlab')
     code = f"open({str(tmp_path / 'RAN')!r}, 'w')\n"
     for module in ('configuration_x', 'modeling_x', 'tokenization_x'):
         (tmp_path / f'{module}.py').write_text(code)
-    edit_files(tmp_path, config=lambda c: c.update(
-        auto_map=dict(AutoConfig='configuration_x.C', AutoModel='modeling_x.M', AutoTokenizer='tokenization_x.T')))
+    edit_files(
+        tmp_path,
+        config=lambda c: c.update(auto_map=dict(AutoConfig='configuration_x.C', AutoModel=
+                                                'modeling_x.M', AutoTokenizer='tokenization_x.T')))
     path = tmp_path / 'tokenizer_config.json'
-    for named in (dict(auto_map=dict(AutoTokenizer=['tokenization_x.T', None])), dict(tokenizer_class='T')):
+    for named in (dict(auto_map=dict(AutoTokenizer=['tokenization_x.T', None])),
+                  dict(tokenizer_class='T')):
         path.write_text(json.dumps({**json.loads(path.read_text()), **named}))
         monkeypatch.setattr('builtins.input', lambda *a: pytest.fail('asked'))
         began = time.time()
@@ -1043,52 +1186,66 @@ def test_code_of_a_checkpoint_folder_is_never_run(tmp_path, monkeypatch):
         assert not (tmp_path / 'RAN').exists()
 
 
-@pytest.mark.parametrize('changes, field, expected', (
-    (dict(rationales='It is windy. A string goes up.'), 'steps', ['It is windy.', 'A string goes up.']),
-    (dict(rationales="['One two. Three!', 'b']"), 'steps', ['One two.', 'Three!']),
-    (dict(rationales=['1. One.\n2. Two.']), 'steps', ['One.', 'Two.']),
-    (dict(rationales=['Dr. Smith came at 5 p.m. to St. Louis. He left.']), 'steps',
-     ['Dr. Smith came at 5 p.m. to St. Louis.', 'He left.']),
-    (dict(rationales=['天上有风。线往上走。']), 'steps', ['天上有风。', '线往上走。']),
-    (dict(rationales=None, steps='One.\nTwo two. Three.'), 'steps', ['One.', 'Two two.', 'Three.']),
-    (dict(steps=[1, 2.0, 2.5]), 'steps', ['1', '2', '2.5']),
-    (dict(steps=['One\ntwo.\n', '', None, ' Three. ']), 'steps', ['One two.', 'Three.']),
-    (dict(correct_choice_idx='1'), 'correct_choice_idx', 1), (dict(correct_choice_idx=1.0), 'correct_choice_idx', 1),
-    (dict(correct_choice_idx='B'), 'correct_choice_idx', 1), (dict(correct_choice_idx='1.0'), 'correct_choice_idx', 1),
-    (dict(correct_choice_idx=None, answer='x'), 'correct_choice_idx', 1),
-    (dict(correct_choice_idx=float('nan'), answer='(B)'), 'correct_choice_idx', 1),
-    (dict(correct_choice_idx=None, answer='X '), 'correct_choice_idx', 1),
-    (dict(correct_choice_idx=None, answer='b', choices=list('cabd')), 'correct_choice_idx', 2),
-    (dict(correct_choice_idx=1, answer='x'), 'answer', 'x'),
-    (dict(choices="['w', 'x', 'y']"), 'choices', ['w', 'x', 'y']), (dict(choices=[3, 4.0, 5]), 'choices', ['3', '4', '5']),
-    (dict(choices=[' w', 'x ', 'y']), 'choices', [' w', 'x ', 'y']), (dict(choices=[' w', 'x ', ' y']), 'answer', 'y'),
-    (dict(choices=None, answer=18), 'answer', '18'), (dict(choices=[], answer=18.0), 'answer', '18'),
-    (dict(question='a\r\nb'), 'question', 'a\nb'), (dict(question_id=None, idx=7), 'question_id', '7'), (dict(question_id=3.0), 'question_id', '3')))
+@pytest.mark.parametrize(
+    'changes, field, expected',
+    ((dict(rationales='It is windy. A string goes up.'), 'steps',
+      ['It is windy.', 'A string goes up.']),
+     (dict(rationales="['One two. Three!', 'b']"), 'steps', ['One two.', 'Three!']),
+     (dict(rationales=['1. One.\n2. Two.']), 'steps', ['One.', 'Two.']),
+     (dict(rationales=['Dr. Smith came at 5 p.m. to St. Louis. He left.']), 'steps',
+      ['Dr. Smith came at 5 p.m. to St. Louis.', 'He left.']),
+     (dict(rationales=['天上有风。线往上走。']), 'steps', ['天上有风。', '线往上走。']), (dict(
+         rationales=None, steps='One.\nTwo two. Three.'), 'steps', ['One.', 'Two two.', 'Three.']),
+     (dict(steps=[1, 2.0, 2.5]), 'steps', ['1', '2', '2.5']),
+     (dict(steps=['One\ntwo.\n', '', None, ' Three. ']), 'steps', ['One two.', 'Three.']),
+     (dict(correct_choice_idx='1'), 'correct_choice_idx', 1),
+     (dict(correct_choice_idx=1.0), 'correct_choice_idx', 1),
+     (dict(correct_choice_idx='B'), 'correct_choice_idx', 1),
+     (dict(correct_choice_idx='1.0'), 'correct_choice_idx', 1),
+     (dict(correct_choice_idx=None, answer='x'), 'correct_choice_idx', 1),
+     (dict(correct_choice_idx=float('nan'), answer='(B)'), 'correct_choice_idx', 1), (dict(
+         correct_choice_idx=None, answer='X '), 'correct_choice_idx', 1), (dict(
+             correct_choice_idx=None, answer='b', choices=list('cabd')), 'correct_choice_idx', 2),
+     (dict(correct_choice_idx=1, answer='x'), 'answer', 'x'),
+     (dict(choices="['w', 'x', 'y']"), 'choices', ['w', 'x', 'y']),
+     (dict(choices=[3, 4.0, 5]), 'choices', ['3', '4', '5']),
+     (dict(choices=[' w', 'x ', 'y']), 'choices', [' w', 'x ', 'y']),
+     (dict(choices=[' w', 'x ', ' y']), 'answer', 'y'), (dict(
+         choices=None, answer=18), 'answer', '18'), (dict(choices=[], answer=18.0), 'answer', '18'),
+     (dict(question='a\r\nb'), 'question', 'a\nb'), (dict(
+         question_id=None,
+         idx=7), 'question_id', '7'), (dict(question_id=3.0), 'question_id', '3')))
 def test_obvious_conversions(changes, field, expected):
     row, reason = prepare.build_row(dict(RAW, **changes), 'train')
     assert reason is None
     assert row[field] == expected
 
 
-@pytest.mark.parametrize('changes, reason', (
-    (dict(question=None), 'without a question'), (dict(question=' '), 'without a question'),
-    (dict(question=['a', 'b']), 'whose question is list, not text'),
-    (dict(choices='w or x'), 'without 2 to 8 options'), (dict(choices=dict(A='w', B='x')), 'whose choices is dict'),
-    (dict(choices=['w', '', 'y']), 'with an empty option'), (dict(choices=['w', None, 'y']), 'with an empty option'),
-    (dict(choices="['w' 'x' 'y']"), 'whose choices is a list without commas'),
-    (dict(correct_choice_idx=-2), 'without a valid correct_choice_idx'),
-    (dict(correct_choice_idx=0.5), 'without a valid correct_choice_idx'),
-    (dict(correct_choice_idx=True), 'without a valid correct_choice_idx'),
-    (dict(correct_choice_idx=float('inf')), 'without a valid correct_choice_idx'),
-    (dict(correct_choice_idx=None, answer='q'), 'whose answer is none of its options'),
-    (dict(correct_choice_idx=None, answer='A', choices=list('cabd')), 'whose answer is several of its options'),
-    (dict(correct_choice_idx=0, answer='x'), 'whose answer and correct_choice_idx disagree'),
-    (dict(choices=None, answer=None), 'without an answer'), (dict(choices=None, answer=True), 'whose answer is bool'),
-    (dict(steps=[dict(text='a')]), 'whose steps is dict, not text'), (dict(rationales=7), 'whose rationales is int'),
-    (dict(question='<image>\nWhat?'), 'whose own text holds <image>'),
-    (dict(steps=['so <|latent|>']), r'whose own text holds <\|latent\|>'),
-    (dict(choices=['w', 'x<|im_end|>', 'y']), r'whose own text holds <\|im_end\|>'),
-    (dict(question='a \ud83d?'), 'whose text is not valid Unicode')))
+@pytest.mark.parametrize(
+    'changes, reason',
+    ((dict(question=None), 'without a question'), (dict(question=' '), 'without a question'),
+     (dict(question=['a', 'b']), 'whose question is list, not text'),
+     (dict(choices='w or x'), 'without 2 to 8 options'),
+     (dict(choices=dict(A='w', B='x')), 'whose choices is dict'),
+     (dict(choices=['w', '', 'y']), 'with an empty option'),
+     (dict(choices=['w', None, 'y']), 'with an empty option'),
+     (dict(choices="['w' 'x' 'y']"), 'whose choices is a list without commas'),
+     (dict(correct_choice_idx=-2), 'without a valid correct_choice_idx'),
+     (dict(correct_choice_idx=0.5), 'without a valid correct_choice_idx'),
+     (dict(correct_choice_idx=True), 'without a valid correct_choice_idx'),
+     (dict(correct_choice_idx=float('inf')), 'without a valid correct_choice_idx'),
+     (dict(correct_choice_idx=None, answer='q'), 'whose answer is none of its options'),
+     (dict(correct_choice_idx=None, answer='A',
+           choices=list('cabd')), 'whose answer is several of its options'), (dict(
+               correct_choice_idx=0, answer='x'), 'whose answer and correct_choice_idx disagree'),
+     (dict(choices=None, answer=None), 'without an answer'), (dict(
+         choices=None, answer=True), 'whose answer is bool'),
+     (dict(steps=[dict(text='a')]), 'whose steps is dict, not text'),
+     (dict(rationales=7), 'whose rationales is int'),
+     (dict(question='<image>\nWhat?'), 'whose own text holds <image>'),
+     (dict(steps=['so <|latent|>']), r'whose own text holds <\|latent\|>'),
+     (dict(choices=['w', 'x<|im_end|>', 'y']), r'whose own text holds <\|im_end\|>'),
+     (dict(question='a \ud83d?'), 'whose text is not valid Unicode')))
 def test_rows_that_cannot_be_used_are_dropped_with_the_reason(changes, reason):
     row, said = prepare.build_row(dict(RAW, **changes), 'train')
     assert row is None
@@ -1096,15 +1253,16 @@ def test_rows_that_cannot_be_used_are_dropped_with_the_reason(changes, reason):
 
 
 def test_rows_without_steps_have_every_thought():
-    """Nobody knows how many their steps would ask for; a question of sample.py's is like that too."""
+    """Nobody knows how many their steps would ask for; a question of sample.py's is like that
+    too."""
     for row in (dict(ROW, steps=[]), {key: value for key, value in ROW.items() if key != 'steps'}):
         for stage in range(3):
             assert prepare.build_text(row, stage, pad_latent_to_max=False)[1] == 2 * stage
 
 
 def prepared(folder, dataset, *more, fails=False):
-    return script('prepare.py', '--dataset', dataset, '--data_dir', folder, '--init_from=scratch', '--image_size=28',
-                  '--max_tiles=4', *more, fails=fails)
+    return script('prepare.py', '--dataset', dataset, '--data_dir', folder, '--init_from=scratch',
+                  '--image_size=28', '--max_tiles=4', *more, fails=fails)
 
 
 def own_rows(folder, name, count=4, **more):
@@ -1113,15 +1271,19 @@ def own_rows(folder, name, count=4, **more):
     rows = []
     for i in range(count):
         Image.new('RGB', (40, 30), (20 * i, 90, 90)).save(folder / f'{i}.png')
-        rows.append({**dict(question=f'What is {i}?', answer='a cat', steps=['It has fur.'], image_path=f'{i}.png'),
-                     **{key: value(i) if callable(value) else value for key, value in more.items()}})
+        rows.append({
+            **dict(question=f'What is {i}?', answer='a cat', steps=['It has fur.']),
+            'image_path': f'{i}.png',
+            **{key: value(i) if callable(value) else value for key, value in more.items()}
+        })
     (folder / name).write_text(''.join(json.dumps(row) + '\n' for row in rows))
     return folder / name
 
 
-@pytest.mark.parametrize('train, validation', (
-    ('mine_train', 'mine_val'), ('mine-train', 'mine-dev'), ('train', 'valid'), ('own_val_train', 'own_val_val'),
-    ('mine.train.v2', 'mine.validation.v2')))
+@pytest.mark.parametrize('train, validation',
+                         (('mine_train', 'mine_val'), ('mine-train', 'mine-dev'),
+                          ('train', 'valid'), ('own_val_train', 'own_val_val'),
+                          ('mine.train.v2', 'mine.validation.v2')))
 def test_a_files_companions_are_its_other_splits(tmp_path, train, validation):
     dataset = own_rows(tmp_path / 'in', f'{train}.jsonl')
     own_rows(tmp_path / 'in', f'{validation}.jsonl', 2)
@@ -1136,7 +1298,9 @@ def test_a_files_companions_are_its_other_splits(tmp_path, train, validation):
 def test_parquet_files_by_a_word_of_their_name_or_folder(tmp_path):
     png = io.BytesIO()
     Image.new('RGB', (40, 30)).save(png, 'PNG')
-    rows = [dict(RAW, question_id=str(i), image=dict(bytes=png.getvalue(), path=None)) for i in range(4)]
+    rows = [
+        dict(RAW, question_id=str(i), image=dict(bytes=png.getvalue(), path=None)) for i in range(4)
+    ]
     parquet(tmp_path / 'in' / 'train', '0000', rows)
     parquet(tmp_path / 'in', 'dev', rows[:2])
     parquet(tmp_path / 'in', 'train_dev', rows)     # which of the two cannot be told
@@ -1152,16 +1316,21 @@ def test_what_is_not_used_is_named(tmp_path):
     said = prepared(tmp_path / 'out', dataset)
     assert 'columns not used: picture, image_2' in said
     assert 'no validation rows beside' in said
-    (tmp_path / 'in' / 'chat.jsonl').write_text('{"image": "0.png", "conversations": [{"from": "human"}]}\n' * 3)
+    (tmp_path / 'in' / 'chat.jsonl').write_text(
+        '{"image": "0.png", "conversations": [{"from": "human"}]}\n' * 3)
     said = prepared(tmp_path / 'out2', tmp_path / 'in' / 'chat.jsonl', fails=True)
-    assert 'has no column question but conversations: rows are read by the names question, image' in said
+    assert 'has no column question but conversations: rows are read by the names ' in said
 
 
 def test_rows_without_the_picture_that_others_have(tmp_path):
-    paths = ['0.png', None, 'none.png', ['0.png', '1.png'], 'notes.txt', '', ['3.png'], dict(url='3.png')]
+    paths = [
+        '0.png', None, 'none.png', ['0.png', '1.png'], 'notes.txt', '', ['3.png'],
+        dict(url='3.png')
+    ]
     (tmp_path / 'in').mkdir()
     (tmp_path / 'in' / 'notes.txt').write_text('no picture')
-    dataset = own_rows(tmp_path / 'in', 'mine_train.jsonl', 8, image=lambda i: paths[i], image_path=None)
+    dataset = own_rows(tmp_path / 'in', 'mine_train.jsonl', 8, image=lambda i: paths[i],
+                       image_path=None)
     own_rows(tmp_path / 'in', 'mine_val.jsonl', 2)
     said = prepared(tmp_path / 'out', dataset)
     assert 'dropped 2 rows without the image that other rows have: 1, 5' in said
@@ -1182,7 +1351,8 @@ def test_an_earlier_preparation_leaves_nothing(tmp_path):
     bad = own_rows(tmp_path / 'bad', 'mine_train.jsonl')
     own_rows(tmp_path / 'bad', 'mine_val.jsonl', question=None)
     assert 'validation holds no usable row of 4' in prepared(tmp_path / 'out', bad, fails=True)
-    assert before == {path: path.read_text() for path in (tmp_path / 'out').glob('*.jsonl')}  # nothing half-written
+    assert before == {path: path.read_text()
+                      for path in (tmp_path / 'out').glob('*.jsonl')}  # nothing half-written
     said = prepared(tmp_path / 'out', own_rows(tmp_path / 'two', 'mine_train.jsonl'))
     assert 'test.jsonl, which an earlier preparation had left' in said
     assert not (tmp_path / 'out' / 'test.jsonl').exists()
@@ -1198,14 +1368,19 @@ def test_two_rows_never_share_a_file(tmp_path):
     assert [row['question_id'] for row in rows] == ids
     assert len({row['image'].lower() for row in rows}) == 8
     for i, row in enumerate(rows):
-        assert (tmp_path / 'out' / row['image']).read_bytes() == (tmp_path / 'in' / f'{i}.png').read_bytes()
+        assert (tmp_path / 'out' / row['image']).read_bytes() == (tmp_path / 'in' /
+                                                                  f'{i}.png').read_bytes()
 
 
-@pytest.mark.parametrize('name, content, message', (
-    ('a.json', '[{"question": "é"}]'.encode('latin-1'), 'is not UTF-8 text'),
-    ('a.jsonl', b'{"question": "a"}\n{"question": \n', r'neither a JSON list nor a JSON row a line \(line 2'),
-    ('a.json', b'{"data": []}', r'is not a list of rows \(it is one object'), ('a.jsonl', b'{"question": 1}\n[1]\n', 'row 2 is no'), ('a.csv', b'question\n', 'is not a .jsonl, .json or .parquet'),
-    ('a.jsonl', b'{"question": "a", "answer": "b"}', 'holds 1 row'), ('a.json', b'[]', 'holds 0 row')))
+@pytest.mark.parametrize('name, content, message',
+                         (('a.json', '[{"question": "é"}]'.encode('latin-1'), 'is not UTF-8 text'),
+                          ('a.jsonl', b'{"question": "a"}\n{"question": \n',
+                           r'neither a JSON list nor a JSON row a line \(line 2'),
+                          ('a.json', b'{"data": []}', r'is not a list of rows \(it is one object'),
+                          ('a.jsonl', b'{"question": 1}\n[1]\n', 'row 2 is no'),
+                          ('a.csv', b'question\n', 'is not a .jsonl, .json or .parquet'),
+                          ('a.jsonl', b'{"question": "a", "answer": "b"}', 'holds 1 row'),
+                          ('a.json', b'[]', 'holds 0 row')))
 def test_files_that_hold_no_rows(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     assert re.search(message, prepared(tmp_path / 'out', tmp_path / name, fails=True))
@@ -1220,71 +1395,107 @@ def test_a_byte_order_mark_and_lines_under_either_name(tmp_path):
 
 K = ['cat', 'kite', 'dog', 'car']
 SAID = {  # option -> texts that say it; None: texts that say none, or several
-    0: ['A', 'a', '(a)', 'A cat', 'I am a cat', 'The answer is A because B is wrong', 'A. cat', 'cat', 'Cats.'],
-    1: ['B.', 'answer: b', 'B, because A is wrong', 'The answer is A. Wait, the answer is B.', 'Final answer: A kite',
-        'There is a dog. The answer is B. kite', 'Step 1: a dog is seen.\nStep 2: the car is red.\nB. kite',
-        'A. cat\nB. kite\nC. dog\nD. car\n\nThe answer is B', 'blue\nkite B', 'not a dog but a kite',
-        'The answer is not the dog, it is B', 'Answer: B (not A)'],
-    2: ['The answer is A. Wait, no. It is C.', 'Is the answer A? No, it is C.', 'The answer is C; D is wrong', '**C**', '\\boxed{C}', '$\\boxed{\\text{C}}$', '<answer>C</answer>', '<think>A or B?</think>C', '答案是C', '选C', 'Ｃ',
-        'Option C.', 'C is correct. The kite is not.', 'La réponse est C', 'Ответ: C', 'dog (C)', 'It is a dog',
-        'C. dog\n\nThe car is only in the background.', 'The answer is (C) dog, not car', '- C', '[[C]]', '"c"'],
-    3: ['D', '#### D', '### D', 'Therefore, the answer is: **(D) car**', 'Answer\nD', "I'd go with D", 'D – car', 'D, car',
-        'It is not C, it is D.', 'Option A is wrong. Option D is right.', 'Answer: the car', 'D.\n\nBecause of the wheels.'],
-    None: ['', "I don't think the answer is A.", 'The wrong answer is A.', 'The answer is A, possibly C.',
-           'The answer is A (or maybe C).', 'Is the answer A?  I do not know.', 'You might think the answer is A.', '.', 'The', 'Z', 'E', 'The answer is E. bird', 'A kite flies.\nThe answer is E. bird', 'I do not know',
-           'A or B', 'A/B', 'A, B', '(A) or (C)', 'AB', 'A B C D', 'A. cat B. kite C. dog D. car', 'cat or dog', 'B. dog',
-           'dog A', 'not A', 'Neither A nor B', 'The dog sits in the car.', 'It has a lot of vitamin C', 'carpet', 'hotdog',
-           'He is in Plan B', 'None of the above', "The answer isn't A", 'A+', 'C#', 'B-52', 'D.C.', 'A.M.', 'It is not a car.']}
+    0: [
+        'A', 'a', '(a)', 'A cat', 'I am a cat', 'The answer is A because B is wrong', 'A. cat',
+        'cat', 'Cats.'
+    ], 1: [
+        'B.', 'answer: b', 'B, because A is wrong', 'The answer is A. Wait, the answer is B.',
+        'Final answer: A kite', 'There is a dog. The answer is B. kite',
+        'Step 1: a dog is seen.\nStep 2: the car is red.\nB. kite',
+        'A. cat\nB. kite\nC. dog\nD. car\n\nThe answer is B', 'blue\nkite B',
+        'not a dog but a kite', 'The answer is not the dog, it is B', 'Answer: B (not A)'
+    ], 2: [
+        'The answer is A. Wait, no. It is C.', 'Is the answer A? No, it is C.',
+        'The answer is C; D is wrong', '**C**', '\\boxed{C}', '$\\boxed{\\text{C}}$',
+        '<answer>C</answer>', '<think>A or B?</think>C', '答案是C', '选C', 'Ｃ', 'Option C.',
+        'C is correct. The kite is not.', 'La réponse est C', 'Ответ: C', 'dog (C)', 'It is a dog',
+        'C. dog\n\nThe car is only in the background.', 'The answer is (C) dog, not car', '- C',
+        '[[C]]', '"c"'
+    ], 3: [
+        'D', '#### D', '### D', 'Therefore, the answer is: **(D) car**', 'Answer\nD',
+        "I'd go with D", 'D – car', 'D, car', 'It is not C, it is D.',
+        'Option A is wrong. Option D is right.', 'Answer: the car', 'D.\n\nBecause of the wheels.'
+    ], None: [
+        '', "I don't think the answer is A.", 'The wrong answer is A.',
+        'The answer is A, possibly C.', 'The answer is A (or maybe C).',
+        'Is the answer A?  I do not know.', 'You might think the answer is A.', '.', 'The', 'Z',
+        'E', 'The answer is E. bird', 'A kite flies.\nThe answer is E. bird', 'I do not know',
+        'A or B', 'A/B', 'A, B', '(A) or (C)', 'AB', 'A B C D', 'A. cat B. kite C. dog D. car',
+        'cat or dog', 'B. dog', 'dog A', 'not A', 'Neither A nor B', 'The dog sits in the car.',
+        'It has a lot of vitamin C', 'carpet', 'hotdog', 'He is in Plan B', 'None of the above',
+        "The answer isn't A", 'A+', 'C#', 'B-52', 'D.C.', 'A.M.', 'It is not a car.'
+    ]
+}
 
 
 @pytest.mark.parametrize('option', SAID)
 def test_answers_are_read_only_where_they_say_an_option(option):
     expected = (0, False) if option is None else (option, True)
-    wrong = {text: found for text in SAID[option] if (found := prepare.extract_choice(text, K)) != expected}
+    wrong = {
+        text: found
+        for text in SAID[option]
+        if (found := prepare.extract_choice(text, K)) != expected
+    }
     assert not wrong
 
 
-@pytest.mark.parametrize('text, choices, expected', (
-    ('vitamin C', ['vitamin B', 'vitamin C', 'vitamin D', 'vitamin A'], 1), ('C++', ['Java', 'C++', 'C', 'Go'], 1),
-    ('The answer is A-frame', ['tent', 'A-frame', 'igloo', 'yurt'], 1), ('a kite', ['a', 'kite', 'b', 'c'], 1),
-    ('The answer is A', ['B', 'A', 'D', 'C'], 0), ('The answer is a', ['c', 'a', 'd', 'b'], 1),
-    ('12', ['1', '2', '12', '21'], 2), ('1.5', ['1', '1.5', '5', '15'], 1), ('-5', ['5', '-5', '15', '25'], 1),
-    ('3.', ['1', '2', '3', '4'], 2), ('$50', ['$5', '5', '$50', '50'], 2), ('not sure', ['no', 'not sure', 'yes'], 1),
-    ('No, there is none', ['yes', 'no'], 1), ('No doubt: yes', ['yes', 'no'], None), ('no B', ['yes', 'no'], 1),
-    ('The answer is 2 + 2 = 4.', ['1', '2', '3', '4'], 3), ('The answer is 5%', ['5', '6', '7', '8'], None),
-    ('The answer is −3', ['3', '-3', '4', '-4'], 1), ('There is no dog', ['yes', 'no'], None),
-    ('red, white and blue', ['red', 'white', 'red, white and blue', 'blue'], 2), ('E', list('vwxyz'), 4),
-    ('a black cat', ['cat', 'black cat', 'dog', 'car'], 1), ('t-shirt', ['t shirt', 'shirt', 'hat', 'shoe'], 0),
-    ('不是狗', ['猫', '风筝', '狗', '车'], None), ('图中有一只狗。', ['猫', '风筝', '狗', '车'], 2),
-    ('cafe\u0301', ['caf\u00e9', 'bar', 'inn', 'pub'], 0), ('ﬁsh', ['fish', 'dog', 'cat', 'car'], 0)))
+@pytest.mark.parametrize(
+    'text, choices, expected',
+    (('vitamin C', ['vitamin B', 'vitamin C', 'vitamin D', 'vitamin A'], 1),
+     ('C++', ['Java', 'C++', 'C', 'Go'], 1),
+     ('The answer is A-frame', ['tent', 'A-frame', 'igloo', 'yurt'], 1),
+     ('a kite', ['a', 'kite', 'b', 'c'], 1), ('The answer is A', ['B', 'A', 'D', 'C'], 0),
+     ('The answer is a', ['c', 'a', 'd', 'b'], 1), ('12', ['1', '2', '12', '21'], 2),
+     ('1.5', ['1', '1.5', '5', '15'], 1), ('-5', ['5', '-5', '15', '25'], 1),
+     ('3.', ['1', '2', '3', '4'], 2), ('$50', ['$5', '5', '$50', '50'], 2),
+     ('not sure', ['no', 'not sure', 'yes'], 1), ('No, there is none', ['yes', 'no'], 1),
+     ('No doubt: yes', ['yes', 'no'], None), ('no B', ['yes', 'no'], 1),
+     ('The answer is 2 + 2 = 4.', ['1', '2', '3', '4'], 3),
+     ('The answer is 5%', ['5', '6', '7', '8'], None),
+     ('The answer is −3', ['3', '-3', '4', '-4'], 1), ('There is no dog', ['yes', 'no'], None),
+     ('red, white and blue', ['red', 'white', 'red, white and blue', 'blue'], 2),
+     ('E', list('vwxyz'), 4), ('a black cat', ['cat', 'black cat', 'dog', 'car'], 1),
+     ('t-shirt', ['t shirt', 'shirt', 'hat', 'shoe'], 0), ('不是狗', ['猫', '风筝', '狗', '车'], None),
+     ('图中有一只狗。', ['猫', '风筝', '狗', '车'], 2), ('cafe\u0301', ['caf\u00e9', 'bar', 'inn', 'pub'], 0),
+     ('ﬁsh', ['fish', 'dog', 'cat', 'car'], 0)))
 def test_letters_and_names_inside_options(text, choices, expected):
-    assert prepare.extract_choice(text, choices) == ((0, False) if expected is None else (expected, True))
+    assert prepare.extract_choice(text, choices) == ((0, False) if expected is None else
+                                                     (expected, True))
 
 
 def test_text_that_ran_out_is_no_answer_unless_it_said_one():
-    for text, expected in (('The answer is B', None), ('B. ki', None), ('Option A is a cat, which', None),
-                           ('The answer is B. kite\n\nA kite is a toy that', 1), ('Answer: C\nbecause', 2)):
+    for text, expected in (('The answer is B', None), ('B. ki', None), ('Option A is a cat, which',
+                                                                        None),
+                           ('The answer is B. kite\n\nA kite is a toy that',
+                            1), ('Answer: C\nbecause', 2)):
         found = prepare.extract_choice(text, K, '{letter}', ended=False)
         assert found == ((0, False) if expected is None else (expected, True)), text
 
 
-@pytest.mark.parametrize('template', (
-    prepare.ANSWER, '{choice} {letter}', '{letter}', '{choice}', '<answer>{letter}</answer>', '\\boxed{{{letter}}}',
-    '{letter}, because {explanation}', '{letter}. {choice}\n{explanation}', '答案是{letter}', '{explanation} So {letter}'))
+@pytest.mark.parametrize(
+    'template',
+    (prepare.ANSWER, '{choice} {letter}', '{letter}', '{choice}', '<answer>{letter}</answer>',
+     '\\boxed{{{letter}}}', '{letter}, because {explanation}', '{letter}. {choice}\n{explanation}',
+     '答案是{letter}', '{explanation} So {letter}'))
 def test_the_recipes_own_text_is_read_back(template):
-    """Whatever the options are, also where a letter or a name alone would be taken for another option."""
-    for choices in (K, list('cadb'), ['vitamin B', 'vitamin C', 'vitamin D', 'vitamin A'], ['C', 'C++', 'C#', 'D'],
-                    ['yes', 'no', 'A and B', 'B only'], ['The answer is A', 'B is it', 'Both A and B', 'None of A, B']):
+    """Whatever the options are, also where a letter or a name alone would be taken for another
+    option."""
+    for choices in (K, list('cadb'), ['vitamin B', 'vitamin C', 'vitamin D',
+                                      'vitamin A'], ['C', 'C++', 'C#',
+                                                     'D'], ['yes', 'no', 'A and B', 'B only'],
+                    ['The answer is A', 'B is it', 'Both A and B', 'None of A, B']):
         for right in range(4):
             row = dict(ROW, choices=choices, correct_choice_idx=right, answer=choices[right])
             prepare.check_round_trip([row], template)
 
 
 def test_unread_is_wrong_and_equal_options_are_both_right(loaded):
-    """The file for the official scorer holds options as the data set spells them, and A where none was read."""
+    """The file for the official scorer holds options as the data set spells them, and A where none
+    was read."""
     _, model, tokenizer = loaded
     texts = ['D', 'no idea', 'C', 'A']
-    row = dict(question='?', choices=[' cat', 'kite', 'cat', 'car '], correct_choice_idx=0, answer='cat')
+    row = dict(question='?', choices=[' cat', 'kite', 'cat', 'car '], correct_choice_idx=0,
+               answer='cat')
 
     class Says:
         config = model.config
@@ -1299,14 +1510,18 @@ def test_unread_is_wrong_and_equal_options_are_both_right(loaded):
     assert [one['right'] for one in said] == [False, False, True, True]
     assert [one['option'] for one in said] == ['car ', ' cat', 'cat', ' cat']
     metrics = sample_script.summarize(said, 1.0)
-    assert (metrics['accuracy'], metrics['accuracy_default_a'], metrics['unparsed']) == (0.5, 0.75, 1)
+    assert (metrics['accuracy'], metrics['accuracy_default_a'], metrics['unparsed']) == (0.5, 0.75,
+                                                                                         1)
 
 
-@pytest.mark.parametrize('said, known, right', (
-    ('1,000', '1000', True), ('18.', '18', True), ('No', 'No.', True), ('the cat', 'a cat', True), ('two', '2', True),
-    ('T-shirt', 't shirt', True), ('Tom is a lempus. ', 'Tom is a lempus.', True), ('18 apples', '18', False),
-    ('-5', '5', False), ('1.5', '15', False), ('18.0', '18', True), ('−5', '-5', True), ('C++', 'C', False),
-    ('vitamin A', 'vitamin', False), ('not a cat', 'a cat', False), ('', 'a', False), ('#### 18', '18', True)))
+@pytest.mark.parametrize(
+    'said, known, right',
+    (('1,000', '1000', True), ('18.', '18', True), ('No', 'No.', True), ('the cat', 'a cat', True),
+     ('two', '2', True), ('T-shirt', 't shirt', True),
+     ('Tom is a lempus. ', 'Tom is a lempus.', True), ('18 apples', '18', False),
+     ('-5', '5', False), ('1.5', '15', False), ('18.0', '18', True), ('−5', '-5', True),
+     ('C++', 'C', False), ('vitamin A', 'vitamin', False), ('not a cat', 'a cat', False),
+     ('', 'a', False), ('#### 18', '18', True)))
 def test_free_answers_are_compared_as_in_vqa(said, known, right):
     assert prepare.free_answer_is(said, dict(question='?', answer=known), '{answer}')[0] is right
 
@@ -1323,25 +1538,34 @@ def change_config(**changes):
     return change
 
 
-@pytest.mark.parametrize('message, changes', (
-    ('its rope is yarn', dict(text_config__rope_parameters=None, text_config__rope_scaling=dict(type='yarn', factor=4.0))),
-    ('its rope is linear', dict(text_config__rope_parameters=dict(rope_type='linear', factor=2.0, rope_theta=1e4))),
-    ('its rope is another one in each kind of layer',
-     dict(text_config__rope_parameters=dict(full_attention=dict(rope_type='default', rope_theta=1e4)))),
-    ('partial_rotary_factor is 0.5', dict(text_config__partial_rotary_factor=0.5)),
-    ('text hidden_act is gelu, not silu', dict(text_config__hidden_act='gelu')),
-    ('sliding_window of 64', dict(text_config__use_sliding_window=True, text_config__sliding_window=64,
-                                  text_config__layer_types=None, text_config__max_window_layers=0)),
-    ('projector_hidden_act is silu', dict(projector_hidden_act='silu')),
-    ('vision hidden_act is quick_gelu', dict(vision_config__hidden_act='quick_gelu')),
-    ('vision_feature_layer is -2, not -1', dict(vision_feature_layer=-2)), ('select_strategy is full', dict(vision_feature_select_strategy='full')),
-    ('has no bias', dict(vision_config__attention_bias=False)),
-    ('text is_causal is False', dict(text_config__is_causal=False)),
-    ('use_mean_pooling is False', dict(vision_config__use_mean_pooling=False)),
-    ('use_absolute_position_embeddings is False', dict(vision_config__use_absolute_position_embeddings=False)),
-    ('quantization_config is ', dict(quantization_config=dict(quant_method='awq'))), ('use_llm_lora is 16, not 0', dict(use_llm_lora=16)),
-    ('lacks vision hidden_size, ', dict(vision_config=None)),
-    ('lacks text num_key_value_heads:', dict(text_config__num_key_value_heads=None))))
+@pytest.mark.parametrize(
+    'message, changes',
+    (('its rope is yarn',
+      dict(text_config__rope_parameters=None, text_config__rope_scaling=dict(
+          type='yarn', factor=4.0))),
+     ('its rope is linear',
+      dict(text_config__rope_parameters=dict(rope_type='linear', factor=2.0, rope_theta=1e4))),
+     ('its rope is another one in each kind of layer',
+      dict(text_config__rope_parameters=dict(
+          full_attention=dict(rope_type='default', rope_theta=1e4)))),
+     ('partial_rotary_factor is 0.5', dict(text_config__partial_rotary_factor=0.5)),
+     ('text hidden_act is gelu, not silu', dict(text_config__hidden_act='gelu')),
+     ('sliding_window of 64',
+      dict(text_config__use_sliding_window=True, text_config__sliding_window=64,
+           text_config__layer_types=None, text_config__max_window_layers=0)),
+     ('projector_hidden_act is silu', dict(projector_hidden_act='silu')),
+     ('vision hidden_act is quick_gelu', dict(vision_config__hidden_act='quick_gelu')),
+     ('vision_feature_layer is -2, not -1', dict(vision_feature_layer=-2)),
+     ('select_strategy is full', dict(vision_feature_select_strategy='full')),
+     ('has no bias', dict(vision_config__attention_bias=False)),
+     ('text is_causal is False', dict(text_config__is_causal=False)),
+     ('use_mean_pooling is False', dict(vision_config__use_mean_pooling=False)),
+     ('use_absolute_position_embeddings is False',
+      dict(vision_config__use_absolute_position_embeddings=False)),
+     ('quantization_config is ', dict(quantization_config=dict(quant_method='awq'))),
+     ('use_llm_lora is 16, not 0', dict(use_llm_lora=16)), ('lacks vision hidden_size, ',
+                                                            dict(vision_config=None)),
+     ('lacks text num_key_value_heads:', dict(text_config__num_key_value_heads=None))))
 def test_config_values_that_change_the_result_are_refused_by_name(tmp_path, message, changes):
     save_tiny(tmp_path)
     edit_files(tmp_path, config=change_config(**changes))
@@ -1356,7 +1580,8 @@ def tensors(change):
 def with_prefix(weights):
     """Names as transformers holds them in memory."""
     for name in list(weights):
-        ours = name.replace('language_model.model.', 'language_model.').replace('language_model.lm_head', 'lm_head')
+        ours = name.replace('language_model.model.',
+                            'language_model.').replace('language_model.lm_head', 'lm_head')
         weights[ours if ours.startswith('lm_head') else f'model.{ours}'] = weights.pop(name)
 
 
@@ -1369,14 +1594,18 @@ def without_head(weights):
     del weights['language_model.lm_head.weight']
 
 
-@pytest.mark.parametrize('weights, changes', (
-    (None, dict(vision_config__layer_norm_eps=1e-2)), (None, dict(text_config__rms_norm_eps=1e-2)),
-    (None, {f'text_config__{key}': value for key, value in rope(100.0).items()}),
-    (None, dict(downsample_ratio=None, projector_hidden_act=None)), (with_prefix, {}), (with_buffers, {}),
-    (without_head, dict(tie_word_embeddings=None, text_config__tie_word_embeddings=True)),
-    pytest.param(without_head, dict(tie_word_embeddings=True, text_config__tie_word_embeddings=False),
-                 marks=pytest.mark.skipif(not FIVE, reason='transformers 4 goes by the text config')),
-    (None, dict(tie_word_embeddings=None, text_config__tie_word_embeddings=None))))
+@pytest.mark.parametrize(
+    'weights, changes',
+    ((None, dict(vision_config__layer_norm_eps=1e-2)), (None, dict(text_config__rms_norm_eps=1e-2)),
+     (None, {f'text_config__{key}': value
+             for key, value in rope(100.0).items()}),
+     (None, dict(downsample_ratio=None, projector_hidden_act=None)), (with_prefix, {}),
+     (with_buffers, {}),
+     (without_head, dict(tie_word_embeddings=None, text_config__tie_word_embeddings=True)),
+     pytest.param(
+         without_head, dict(tie_word_embeddings=True, text_config__tie_word_embeddings=False),
+         marks=pytest.mark.skipif(not FIVE, reason='transformers 4 goes by the text config')),
+     (None, dict(tie_word_embeddings=None, text_config__tie_word_embeddings=None))))
 def test_what_transformers_loads_gives_the_same_logits(tmp_path, weights, changes):
     oracle = save_tiny(tmp_path)
     edit_files(tmp_path, weights, change_config(**changes))
@@ -1386,13 +1615,15 @@ def test_what_transformers_loads_gives_the_same_logits(tmp_path, weights, change
     ids[0, 3:7] = model.config.image_token_id
     pixels = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        ours, theirs = model(ids, pixels).logits[..., :262], oracle(input_ids=ids, pixel_values=pixels).logits
+        ours, theirs = model(ids, pixels).logits[..., :262], oracle(input_ids=ids,
+                                                                    pixel_values=pixels).logits
     assert relative(ours, theirs) < 1e-5
 
 
 def test_a_head_that_is_not_there_and_not_tied_is_missed(tmp_path):
     save_tiny(tmp_path)
-    edit_files(tmp_path, without_head, change_config(tie_word_embeddings=False, text_config__tie_word_embeddings=True))
+    edit_files(tmp_path, without_head,
+               change_config(tie_word_embeddings=False, text_config__tie_word_embeddings=True))
     with pytest.raises(ValueError, match='lm_head.weight is missing'):
         MultiCoCo.from_pretrained(str(tmp_path))
 
@@ -1408,9 +1639,11 @@ def test_a_silent_config_means_what_its_class_does(tmp_path):
 
 
 def test_files_beside_the_weights(tmp_path):
-    """A single file goes before an index that was left; a pointer, an adapter and a cut config are named."""
+    """A single file goes before an index that was left; a pointer, an adapter and a cut config are
+    named."""
     save_tiny(tmp_path)
-    (tmp_path / 'model.safetensors.index.json').write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    (tmp_path /
+     'model.safetensors.index.json').write_text('{"weight_map": {"a": "gone.safetensors"}}')
     MultiCoCo.from_pretrained(str(tmp_path))
     config = (tmp_path / 'config.json').read_text()
     (tmp_path / 'config.json').write_text(config[:100])
@@ -1421,7 +1654,8 @@ def test_files_beside_the_weights(tmp_path):
     with pytest.raises(OSError, match='LoRA adapter alone'):
         MultiCoCo.from_pretrained(str(tmp_path))
     (tmp_path / 'config.json').write_text(config)
-    (tmp_path / 'model.safetensors').write_text('version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n')
+    (tmp_path / 'model.safetensors'
+     ).write_text('version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n')
     with pytest.raises(ValueError, match='git lfs pull'):
         MultiCoCo.from_pretrained(str(tmp_path))
     for name in ('tokenizer.json', 'vocab.json'):
@@ -1436,13 +1670,16 @@ def in_memory(image, kind='PNG', **how):
     return data.getvalue()
 
 
-@pytest.mark.parametrize('mode, kind', (('RGBA', 'PNG'), ('LA', 'PNG'), ('P', 'PNG'), ('RGBA', 'WEBP'), ('RGBA', 'GIF')))
+@pytest.mark.parametrize('mode, kind', (('RGBA', 'PNG'), ('LA', 'PNG'), ('P', 'PNG'),
+                                        ('RGBA', 'WEBP'), ('RGBA', 'GIF')))
 def test_what_is_transparent_is_shown_over_white(mode, kind):
     """A black drawing on transparent black ground would be black on black."""
-    image = Image.new('LA' if mode == 'LA' else 'RGBA', (40, 30), (0, 0) if mode == 'LA' else (0, 0, 0, 0))
+    image = Image.new('LA' if mode == 'LA' else 'RGBA', (40, 30), (0, 0) if mode == 'LA' else
+                      (0, 0, 0, 0))
     image.paste((0, 255) if mode == 'LA' else (0, 0, 0, 255), (10, 10, 30, 20))
     image = image.quantize(4) if mode == 'P' else image
-    shown = prepare.load_image(in_memory(image, kind, **(dict(lossless=True, exact=True) if kind == 'WEBP' else {})))
+    shown = prepare.load_image(
+        in_memory(image, kind, **(dict(lossless=True, exact=True) if kind == 'WEBP' else {})))
     assert shown.getpixel((2, 2)) == (255, 255, 255)
     assert shown.getpixel((20, 15)) == (0, 0, 0)
 
@@ -1469,14 +1706,16 @@ def test_a_turned_photograph_is_measured_as_it_is_shown(tmp_path):
     assert prepare.load_image(photo).size == (512, 640)
     assert prepare.image_header(photo) == ('jpeg', (512, 640))
     entries = struct.pack('<H', 2) + struct.pack('<HHIHH', 0x0112, 3, 1, 6, 0)
-    broken = (b'Exif\0\0II*\0' + struct.pack('<I', 8) + entries + struct.pack('<HHII', 0x011A, 10, 1, 38)
-              + struct.pack('<Iii', 0, -1, 0))  # a resolution of -1 / 0
+    broken = (b'Exif\0\0II*\0' + struct.pack('<I', 8) + entries +
+              struct.pack('<HHII', 0x011A, 10, 1, 38) + struct.pack('<Iii', 0, -1, 0)
+              )  # a resolution of -1 / 0
     photo = in_memory(Image.new('RGB', (640, 512)), 'JPEG', exif=broken)
     assert prepare.load_image(photo).size == prepare.image_header(photo)[1] == (512, 640)
 
 
-@pytest.mark.parametrize('orientation, size, corner', ((1, (40, 20), (0, 0)), (3, (40, 20), (39, 19)),
-                                                       (6, (20, 40), (19, 0)), (8, (20, 40), (0, 39))))
+@pytest.mark.parametrize('orientation, size, corner',
+                         ((1, (40, 20), (0, 0)), (3, (40, 20), (39, 19)), (6, (20, 40), (19, 0)),
+                          (8, (20, 40), (0, 39))))
 @pytest.mark.parametrize('kind', ('TIFF', 'PNG'))
 def test_a_picture_is_turned_once(orientation, size, corner, kind):
     """Pillow turns TIFFs itself."""
@@ -1494,7 +1733,8 @@ def test_the_data_sets_own_files_are_not_overwritten(tmp_path):
         own_rows(tmp_path, name)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     for dataset in ('train.jsonl', 'mine.jsonl'):
-        assert 'is the folder of the data set itself' in prepared(tmp_path, tmp_path / dataset, fails=True)
+        assert 'is the folder of the data set itself' in prepared(tmp_path, tmp_path / dataset,
+                                                                  fails=True)
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
 
 
@@ -1516,7 +1756,8 @@ def test_files_of_a_folder_of_images(tmp_path, capsys):
     for name in ('b.png', '._b.png', 'a.TIF', 'c,d.png', '.hidden.jpg', 'notes.txt'):
         (tmp_path / name).write_bytes(b'')
     names = runpy.run_path(os.path.join(HERE, 'sample.py'))['find_images']
-    assert [os.path.basename(path) for path in names(str(tmp_path))] == ['a.TIF', 'b.png', 'c,d.png']
+    assert [os.path.basename(path)
+            for path in names(str(tmp_path))] == ['a.TIF', 'b.png', 'c,d.png']
     assert '1 files are left out' in capsys.readouterr().out
     assert names(str(tmp_path / 'c,d.png')) == [str(tmp_path / 'c,d.png')]
     assert names('a.png, b.png') == ['a.png', 'b.png']
@@ -1532,7 +1773,8 @@ def test_devices_and_number_types_say_what_they_are(monkeypatch, capsys):
     assert sample_script.pick_device('mps') == 'mps'
     assert 'never run on one' in capsys.readouterr().out
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda *a: (7, 5))
-    assert sample_script.pick_dtype('auto', 'cuda') == 'float32'  # a T4 computes bfloat16 by emulation
+    assert sample_script.pick_dtype('auto',
+                                    'cuda') == 'float32'  # a T4 computes bfloat16 by emulation
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda *a: (8, 0))
     assert sample_script.pick_dtype('auto', 'cuda') == 'bfloat16'
 
@@ -1548,11 +1790,12 @@ def test_memory_is_counted_where_it_can_be(monkeypatch):
 
 
 def test_line_ends_in_a_flag():
-    values, _ = configurator.parse(dict(prompt='', out_dir=''), [r'--prompt={question}\nA: ', r'--out_dir=C:\new'])
+    values, _ = configurator.parse(dict(prompt='', out_dir=''),
+                                   [r'--prompt={question}\nA: ', r'--out_dir=C:\new'])
     assert values == dict(prompt='{question}\nA: ', out_dir=r'C:\new')
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # configurator
 
 def test_configurator(tmp_path):
@@ -1560,16 +1803,21 @@ def test_configurator(tmp_path):
     config = tmp_path / 'c.py'
     config.write_text('import os\n_hidden = 1\nn = 2\nrate = 1\nother = 3\n')
     parse = lambda *argv: configurator.parse(defaults, argv, elsewhere={'other'})[0]
-    assert parse('--n=3', str(config), '--name', 'a=b', '--on=True') == dict(n=3, rate=1.0, name='a=b', on=True)
-    assert (parse('--rate', '-2') == dict(defaults, rate=-2.0) and parse('--name=123')['name'] == '123'
-            and defaults['n'] == 1)
+    assert parse('--n=3', str(config), '--name', 'a=b',
+                 '--on=True') == dict(n=3, rate=1.0, name='a=b', on=True)
+    assert parse('--rate', '-2') == dict(defaults, rate=-2.0)
+    assert parse('--name=123')['name'] == '123'
+    assert defaults['n'] == 1
     for argv, message in ((['--m=1'], 'unknown knob m'), (['--nam=1'], 'did you mean name'),
-                          (['--n=1.5'], 'expected int, as in --n=1'), (['--on=yes'], 'expected True or False'),
+                          (['--n=1.5'], 'expected int, as in --n=1'), (['--on=yes'],
+                                                                       'expected True or False'),
                           (['--n'], 'write --n=VALUE'), (['--name', '--n=1'], 'write --name=VALUE'),
-                          (['none.py'], 'no config file none.py'), (['--other=1'], 'belongs to another script')):
+                          (['none.py'], 'no config file none.py'), (['--other=1'],
+                                                                    'belongs to another script')):
         with pytest.raises(ValueError, match=message):
             parse(*argv)
-    for text, message in (('m = 1', 'c.py: unknown knob m'), ('n = "1"', "n = '1' is str, expected int"),
+    for text, message in (('m = 1', 'c.py: unknown knob m'), ('n = "1"',
+                                                              "n = '1' is str, expected int"),
                           ('n = True', 'is bool'), ('n = ', 'SyntaxError')):
         config.write_text(text)
         with pytest.raises(ValueError, match=message):
@@ -1578,7 +1826,8 @@ def test_configurator(tmp_path):
 
 def test_a_knob_means_the_same_in_every_script():
     seen = {}
-    for name in ('prepare.py', 'train.py', 'sample.py', 'experiments/bench.py', 'experiments/probe.py'):
+    for name in ('prepare.py', 'train.py', 'sample.py', 'experiments/bench.py',
+                 'experiments/probe.py'):
         tree = ast.parse(open(os.path.join(HERE, name)).read())
         knobs = set(configurator.knob_names(os.path.join(HERE, name)))
         for node in tree.body:
@@ -1598,3 +1847,222 @@ def test_a_knob_means_the_same_in_every_script():
 def start(*args, **more):
     return subprocess.Popen([sys.executable, *map(str, args)], cwd=HERE, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, text=True, **more)
+
+
+# --------------------------------------------------------------------------------------------------
+# plain text decoders, and the way out
+
+def text_tokenizer(end='</s>', begin='', template=None):
+    """Bytes with an end token of their own, without <|im_end|>; `begin` before every text."""
+    vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([end] + [begin] * bool(begin))
+    if begin:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f'{begin} $A', special_tokens=[(begin, tokenizer.token_to_id(begin))])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end,
+                                   chat_template=template)
+
+
+def save_text(folder, kind='llama', tokenizer=None, **changes):
+    """A tiny text decoder's folder as transformers writes it; gives the oracle."""
+    tokenizer = tokenizer or text_tokenizer()
+    classes = dict(llama=(LlamaConfig, LlamaForCausalLM), qwen2=(Qwen2Config, Qwen2ForCausalLM),
+                   qwen3=(Qwen3Config, Qwen3ForCausalLM))[kind]
+    fields = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48,
+                  num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+                  head_dim=16 if kind == 'qwen3' else 8, max_position_embeddings=512,
+                  rms_norm_eps=1e-5, tie_word_embeddings=kind == 'llama',
+                  bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=None,
+                  **rope(1e5))
+    torch.manual_seed(0)
+    oracle = classes[1](classes[0](**{**fields, **changes})).eval()
+    for p in oracle.parameters():
+        torch.nn.init.normal_(p, std=0.2 if p.dim() > 1 else 0.3)
+    oracle.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return oracle
+
+
+@pytest.mark.parametrize('kind', ('llama', 'qwen2', 'qwen3'))
+def test_text_decoders_equal_transformers(tmp_path, kind):
+    """Logits, greedy ids alone and in a batch, and thoughts against the obvious path."""
+    oracle = save_text(tmp_path, kind)
+    model = MultiCoCo.from_pretrained(str(tmp_path))
+    assert model.config.eos_token_ids == (load_tokenizer(str(tmp_path)).eos_token_id,)
+    assert not hasattr(model, 'vision_model')
+    batch = without_labels(make_batch(model.config, [0, 0, 0]))
+    real, known = batch['attention_mask'].bool(), oracle.config.vocab_size
+    ours = model(**batch).logits[real][:, :known]
+    theirs = oracle(input_ids=batch['input_ids'], attention_mask=batch['attention_mask']).logits
+    assert relative(ours, theirs[real]) < 1e-5
+    with torch.no_grad():
+        if kind != 'llama':  # whose head is tied
+            model.language_model.lm_head.weight[known:] = 0
+    together = model.generate(**batch, max_new_tokens=12)
+    for b in range(3):
+        row = batch['input_ids'][b:b + 1, :int(real[b].sum())]
+        alone = model.generate(row, max_new_tokens=12)
+        theirs = oracle.generate(input_ids=row, attention_mask=torch.ones_like(row),
+                                 max_new_tokens=12, do_sample=False, pad_token_id=0)
+        theirs = theirs[:, row.shape[1]:]
+        assert alone.tolist() == theirs.tolist()
+        assert together[b:b + 1, :alone.shape[1]].tolist() == theirs.tolist()
+    batch = make_batch(model.config, [0, 0], [(3,), (2, 1)])
+    out = model(**without_labels(batch))
+    run = lambda x: oracle.model(inputs_embeds=x).last_hidden_state
+    for b in range(2):
+        n = int(batch['attention_mask'][b].sum())
+        row = dict(input_ids=batch['input_ids'][b:b + 1, :n], pixel_values=None)
+        logits, thoughts = obvious(model, row, run)
+        assert relative(out.logits[b, :n], logits[0]) < 1e-5
+        assert relative(out.thoughts[b], torch.cat(thoughts, 1)[0]) < 1e-5
+
+
+def test_a_text_decoder_takes_no_image(tmp_path):
+    save_text(tmp_path)
+    model = MultiCoCo.from_pretrained(str(tmp_path))
+    ids = torch.tensor([[7, model.config.image_token_id, 8]])
+    with pytest.raises(ValueError, match='row 0 holds 1 <IMG_CONTEXT>'):
+        model(ids)
+    tile = torch.zeros(1, 3, 448, 448, dtype=torch.uint8)
+    ids = torch.tensor([[7] + [model.config.image_token_id] * 256])
+    with pytest.raises(ValueError, match='text decoder without a vision tower: it takes no image'):
+        model(ids, tile)
+
+
+@pytest.mark.parametrize('message, changes', (
+    ('its text model_type is gpt2, not qwen2 or qwen3 or llama', dict(model_type='gpt2')),
+    ('its rope is llama3', dict(rope_parameters=None,
+                                rope_scaling=dict(rope_type='llama3', factor=32.0))),
+    ('its text mlp_bias is True, not False', dict(mlp_bias=True)),
+    ('its decoder has attention_bias', dict(attention_bias=True)),
+    ("text rms_norm_eps as '1e-6', expected a number", dict(rms_norm_eps='1e-6')),
+    ('lacks text intermediate_size', dict(intermediate_size=None))))
+def test_text_decoders_that_are_not_supported(tmp_path, message, changes):
+    save_text(tmp_path)
+    edit_files(tmp_path, config=change_config(**changes))
+    with pytest.raises(ValueError, match=message):
+        MultiCoCo.from_pretrained(str(tmp_path))
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(tmp_path):
+    save_text(tmp_path)
+    path = tmp_path / 'tokenizer_config.json'
+    known = json.loads(path.read_text())
+    del known['eos_token']
+    path.write_text(json.dumps(known))
+    (tmp_path / 'special_tokens_map.json').unlink(missing_ok=True)
+    with pytest.raises(ValueError, match='its tokenizer names no end token'):
+        MultiCoCo.from_pretrained(str(tmp_path))
+
+
+def test_all_of_a_decoders_end_tokens_end_an_answer(tmp_path):
+    save_text(tmp_path)
+    (tmp_path / 'generation_config.json').write_text('{"eos_token_id": [256, 9]}')
+    assert MultiCoCo.from_pretrained(str(tmp_path)).config.eos_token_ids == (256, 9)
+
+
+def test_the_same_tensor_under_two_names_is_refused(tmp_path):
+    save_tiny(tmp_path)
+    edit_files(tmp_path, lambda w: w.update({'lm_head.weight': torch.zeros(262, 32)}))
+    with pytest.raises(ValueError, match='holds language_model.lm_head.weight under two names'):
+        MultiCoCo.from_pretrained(str(tmp_path))
+
+
+def test_a_tokenizers_own_beginning_and_turns():
+    """What Llama 3 puts before every text stands there once; 'chat' is the tokenizer's template."""
+    turns = ("{{ '<s>' }}{% for message in messages %}[{{ message['content'] }}]{% endfor %}"
+             "{% if add_generation_prompt %}->{% endif %}")
+    tokenizer = add_special_tokens(text_tokenizer(begin='<s>', template=turns))
+    frame = prepare.frame_of('chat', tokenizer)
+    assert frame == '<s>[{prompt}]->'
+    row = dict(question='Who?', answer='Tom', steps=['One.', 'Two.'])
+    for template in ('plain', frame):
+        knobs = dict(prompt='{question}\n', answer='{answer}', template=template)
+        ids = prepare.encode(row, tokenizer, 1, **knobs)['input_ids']
+        assert ids.count(tokenizer.convert_tokens_to_ids('<s>')) == 1
+        assert ids[0] == tokenizer.convert_tokens_to_ids('<s>')
+        assert prepare.Rows([row], 'train', 1, tokenizer, **knobs).length(0) == len(ids)
+    assert '[Who?]-><|start-latent|>' in tokenizer.decode(ids)
+    assert prepare.frame_of('plain', text_tokenizer()) == 'plain'
+    with pytest.raises(ValueError, match='has no chat template'):
+        prepare.frame_of('chat', text_tokenizer())
+
+
+def test_bfloat16_on_a_cpu_is_for_models_that_come_in_it(monkeypatch):
+    for native in (True, False):
+        monkeypatch.setattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', lambda: native)
+        assert sample_script.pick_dtype('auto', 'cpu') == 'float32'
+        expected = 'bfloat16' if native else 'float32'
+        assert sample_script.pick_dtype('auto', 'cpu', on_cpu=True) == expected
+        assert sample_script.pick_dtype('float32', 'cpu', on_cpu=True) == 'float32'
+
+
+def test_auto_is_the_files_own_type(tmp_path):
+    for name, dtype in (('a', torch.bfloat16), ('b', torch.float32), ('c', torch.float16)):
+        save_tiny(tmp_path / name, dtype=dtype)
+        expected = torch.bfloat16 if name == 'a' else torch.float32
+        model = MultiCoCo.from_pretrained(str(tmp_path / name), dtype='auto')
+        assert {p.dtype for p in model.parameters()} == {expected}
+
+
+@pytest.mark.parametrize('kind', ('internvl qwen2', 'internvl qwen3', 'llama', 'qwen2', 'qwen3'))
+def test_what_is_written_is_what_transformers_reads(tmp_path, kind):
+    """Without our code and with it, from weights that no file held before: equal logits."""
+    if kind.startswith('internvl'):
+        save_tiny(tmp_path / 'in', kind.split()[1])
+        loader = InternVLForConditionalGeneration
+    else:
+        save_text(tmp_path / 'in', kind)
+        loader = AutoModelForCausalLM
+    model, tokenizer, _ = load_checkpoint(str(tmp_path / 'in'))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    model.save_pretrained(str(tmp_path / 'out'), tokenizer)
+    again, read, _ = load_checkpoint(str(tmp_path / 'out'))
+    oracle, report = loader.from_pretrained(tmp_path / 'out', output_loading_info=True)
+    assert not report['missing_keys']
+    assert not report['unexpected_keys']
+    assert again.config == model.config
+    text = 'a <|start-latent|><|latent|> b'
+    assert AutoTokenizer.from_pretrained(tmp_path / 'out').encode(text) == tokenizer.encode(text)
+    assert read.encode(text) == tokenizer.encode(text)
+    assert read.eos_token == tokenizer.eos_token
+    ids = torch.randint(0, 250, (1, 20), generator=torch.Generator().manual_seed(0))
+    pixels = {}
+    if kind.startswith('internvl'):
+        ids[0, 3:7] = model.config.image_token_id
+        pixels['pixel_values'] = torch.randn(1, 3, 56, 56)
+    with torch.no_grad():
+        ours = model(ids, **pixels).logits
+        assert torch.equal(again(ids, **pixels).logits, ours)
+        theirs = oracle.float().eval()(input_ids=ids, **pixels).logits
+    assert relative(theirs, ours) < 1e-5
+
+
+def test_an_export_is_whole_or_not_there(tmp_path, monkeypatch):
+    save_tiny(tmp_path / 'in')
+    model, tokenizer, _ = load_checkpoint(str(tmp_path / 'in'))
+    full, empty = tmp_path / 'full', tmp_path / 'empty'
+    full.mkdir()
+    empty.mkdir()
+    (full / 'mine.txt').write_text('mine')
+    with pytest.raises(ValueError, match='full holds something already'):
+        model.save_pretrained(str(full), tokenizer)
+    assert os.listdir(full) == ['mine.txt']
+    model.save_pretrained(str(empty), tokenizer)
+    assert 'model.safetensors' in os.listdir(empty)
+
+    def no_space(*args):
+        raise OSError('No space left on device')
+
+    monkeypatch.setattr('model.save_file', no_space)
+    with pytest.raises(OSError, match='new was not written .No space left on device'):
+        model.save_pretrained(str(tmp_path / 'new'), tokenizer)
+    assert sorted(os.listdir(tmp_path)) == ['empty', 'full', 'in']
+    with pytest.raises(ValueError, match='ps_version=v1'):
+        tiny_model(ps_version='v1').save_pretrained(str(tmp_path / 'new'), tokenizer)

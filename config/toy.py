@@ -1,5 +1,5 @@
 # The built-in data set and a model of 0.2M parameters, from scratch. Expected: 100 % of the test
-# split (chance 25 %), 10 to 12 % with the thoughts of another image; 3 to 6 minutes on two CPU cores.
+# split (chance 25 %), 10 to 12 % with the thoughts of another image; 3 to 6 minutes, two cores.
 #     python prepare.py config/toy.py && python train.py config/toy.py
 dataset = 'toy'
 data_dir = 'data/toy'

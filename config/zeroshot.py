@@ -1,6 +1,6 @@
 # The base-line: InternVL3-1B, the chat model as it is, on A-OKVQA, asked as InternVL's own
-# evaluation asks its multiple-choice questions. Expected accuracy: not measured yet (chance 25.0). The second
-# command asks the same model to think in words first.
+# evaluation asks its multiple-choice questions. Expected accuracy: not measured yet (chance 25.0).
+# The second command asks the same model to think in words first.
 #     python prepare.py && python train.py config/zeroshot.py
 #     python train.py config/zeroshot.py --out_dir=out-zeroshot-steps --max_new_tokens=512 \
 #       --prompt='<image>\n{question}\n{choices}\nThink step by step, then write: The answer is X.'

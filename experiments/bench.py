@@ -2,9 +2,9 @@
 Speed, memory and FLOPs beside transformers, in one run, on the same random weights and the same
 batch.
 
-    python -m experiments.bench                                small decoder and vision tower, real vocabulary and tile size, CPU
-    python -m experiments.bench --size=1b --device=cuda        InternVL3-1B's shapes; training, thoughts and decoding on one GPU
-    python -m experiments.bench --size=1b --device=cpu         the peak memory of 1B training, simulated with fake tensors
+    python -m experiments.bench                           small towers, real vocabulary and tiles
+    python -m experiments.bench --size=1b --device=cuda   InternVL3-1B's shapes on one GPU
+    python -m experiments.bench --size=1b --device=cpu    peak memory of training it, simulated
 
 Beside ours stand the paths of reference.py: in training (a) the floor and (b) Coconut's published
 loop, in generation (c) transformers' generate without thoughts and (d) Coconut's published
@@ -12,14 +12,14 @@ generation. Seconds are CPU seconds of all threads, or those of CUDA events; med
 repeats. Memory is the peak above the weights.
 
 Tried, on the CPU, after a look at the profile. Kept:
-    query heads of one key head as queries          0.3 ms; with enable_gqa 0.6, with keys repeated 3.5 (4 rows)
+    query heads of one key head as queries    0.3 ms; enable_gqa 0.6, repeated keys 3.5
     head as weight @ x.T in decoding                1.4 times faster at 16 rows, 2 at 4
-    what depends on values asked once, on the host  one wait for the device less in fuse and in the loss
+    what depends on values asked once         one wait for the device less in fuse and loss
     the MLP on tokens alone, not on padding         rows with 1 and 2 tiles are 22 % padding
-    a tensor of keys or values a layer in decoding  compiled, views of one are copied: 246 ms a step, so 7 (eager 10)
+    a tensor of keys or values a layer        compiled, views of one are copied: 246 ms, so 7
 Not done:
     preallocated keys and values in training        the concatenation is 0.3 % of a step
-    head and cross entropy in slices                8 rows with 24 supervised tokens are 0.1 GB of logits
+    head and cross entropy in slices          8 rows with 24 targets: 0.1 GB of logits
     all linear layers on packed rows                the MLP is 3/4 of them, and costs 3 lines
 """
 
@@ -40,14 +40,9 @@ from configurator import configure
 from model import Config, Layout, MultiCoCo
 from sample import pick_device
 from prepare import collate
-from experiments.reference import (
-    embed,
-    floor_loss,
-    models,
-    plain_generate,
-    published_generate,
-    published_loss,
-)
+from experiments.reference import (embed, floor_loss, models, plain_generate, published_generate,
+                                   published_loss,
+                                   )
 
 # --- knobs ----------------------------------------------------------------------------------------
 size = 'small'  # 'small' or '1b'
@@ -56,46 +51,33 @@ repeats = 3
 json = False  # print one JSON object as well, last
 seed = 1337
 
-NO_END = dict(eos_token_ids=(-1,))  # every row writes all its tokens
+NO_END = dict(eos_token_ids=(-1, ))  # every row writes all its tokens
 CONFIGS = {
     '1b': Config(**NO_END),
-    'small': Config(
-        num_hidden_layers=2,
-        vision_num_layers=2,
-        vision_hidden_size=384,
-        vision_num_heads=6,
-        vision_intermediate_size=1536,
-        **NO_END,
-    ),
+    'small': Config(num_hidden_layers=2, vision_num_layers=2, vision_hidden_size=384,
+                    vision_num_heads=6, vision_intermediate_size=1536, **NO_END,
+                    ),
 }
-QUESTION, THOUGHTS, ANSWER = (
-    40,
-    8,
-    24,
-)  # text tokens of a row's prompt, its thoughts, supervised tokens
+QUESTION, THOUGHTS, ANSWER = (40, 8, 24,
+                              )  # text tokens of a row's prompt, its thoughts, supervised tokens
 ROWS, NEW = 16, 32  # of a generation: rows, and tokens that each writes
 
 
 def make_batch(c, B, thoughts, tiles=(1, 2), supervised=True):
-    """
-    forward's arguments: row b has tiles[b % len(tiles)] tiles, its own length, and thoughts behind
-    the prompt.
-    """
+    """forward's arguments: row b has tiles[b % len(tiles)] tiles, its own length, and thoughts
+    behind the prompt."""
     g, made = torch.Generator().manual_seed(seed), []
     for b in range(B):
         P, side = tiles[b % len(tiles)], c.image_size
-        text = torch.randint(100, 100000, (QUESTION + ANSWER + b % 5,), generator=g).tolist()
+        text = torch.randint(100, 100000, (QUESTION + ANSWER + b%5, ), generator=g).tolist()
         visual, latent = [c.image_token_id] * P * c.num_image_tokens, [c.latent_token_id] * thoughts
         ids = text[:10] + visual + text[10:-ANSWER] + latent
         labels = [-100] * len(ids) + text[-ANSWER:]
         pixels = torch.randint(0, 256, (P, 3, side, side), generator=g, dtype=torch.uint8)
         made.append(
-            dict(
-                input_ids=ids + text[-ANSWER:] if supervised else ids,
-                labels=labels if supervised else None,
-                pixel_values=pixels,
-            )
-        )
+            dict(input_ids=ids + text[-ANSWER:] if supervised else ids,
+                 labels=labels if supervised else None, pixel_values=pixels,
+                 ))
     return {k: v.to(device) for k, v in collate(made).items()}
 
 
@@ -117,10 +99,8 @@ def seconds(work):
 
 
 def interleaved(works, rounds):
-    """
-    name -> median seconds; the works, run before, take turns, so that a busy machine is busy for
-    all.
-    """
+    """name -> median seconds; the works, run before, take turns, so that a busy machine is busy for
+    all."""
     times = [{name: seconds(work) for name, work in works.items()} for _ in range(rounds)]
     return {name: statistics.median(t[name] for t in times) for name in works}
 
@@ -129,8 +109,7 @@ def cost(work):
     """Peak bytes above what is held before, and FLOPs; also warms up."""
     gc.collect()
     status = lambda key: next(
-        int(line.split()[1]) * 1024 for line in open('/proc/self/status') if line.startswith(key)
-    )
+        int(line.split()[1]) * 1024 for line in open('/proc/self/status') if line.startswith(key))
     if device == 'cuda':
         torch.cuda.reset_peak_memory_stats()
     else:
@@ -148,7 +127,6 @@ def cost(work):
 
 def step_of(model, loss):
     """Forward and backward pass; the optimizer's part is the same for all."""
-
     def work():
         with autocast:
             out = loss()
@@ -162,10 +140,9 @@ def table(title, lines, floor):
     print(f'\n{title:30}   seconds  of {floor:18}  GFLOP  peak GB')
     for name, v in lines.items():
         more = f'{v["flops"] / 1e9:28.1f}{v["peak"] / 1e9:9.2f}' if 'flops' in v else ''
-        print(
-            f'{name:30}{v["seconds"]:10.2f}{v["seconds"] / lines[floor]["seconds"]:9.3f}{more}',
-            flush=True,
-        )
+        print(f'{name:30}{v["seconds"]:10.2f}{v["seconds"] / lines[floor]["seconds"]:9.3f}{more}',
+              flush=True,
+              )
 
 
 def training():
@@ -178,43 +155,36 @@ def training():
     costs = {name: cost(work) for name, work in works.items()}
     took = interleaved({name: works[name] for name in ('floor', 'ours')}, repeats)
     both = interleaved({name: works[name] for name in ('ours', 'published')}, 1)
-    took['published'] = (
-        took['ours'] * both['published'] / both['ours']
-    )  # by the ratio in the round that they shared
+    took['published'] = (took['ours'] * both['published'] / both['ours']
+                         )  # by the ratio in the round that they shared
     lines = {name: dict(costs[name], seconds=took[name]) for name in works}
     table(f'training step, {batch_size} rows, {THOUGHTS} thoughts', lines, 'floor')
     return lines
 
 
 def thoughts():
-    """
-    Seconds of a training step by thoughts, and what one more token a row costs in a pass of its
-    own.
-    """
+    """Seconds of a training step by thoughts, and what one more token a row costs in a pass of its
+    own."""
     counts, prompt = (0, 2, 4, 8, 16, 32), make_batch(config, batch_size, 0, tiles)
 
     def passes(tokens):  # of transformers: the prompt, then so many tokens a row, one by one
         cache, x, total = DynamicCache(), embed(theirs, prompt), 0
         for _ in range(1 + tokens):
-            out = theirs.model.language_model(
-                inputs_embeds=x, past_key_values=cache, use_cache=True
-            )
+            out = theirs.model.language_model(inputs_embeds=x, past_key_values=cache,
+                                              use_cache=True)
             x = out.last_hidden_state[:, -1:]
             total = total + x.sum()
         return total
 
     made = {n: make_batch(config, batch_size, n, tiles) for n in counts}
     works = {n: step_of(ours, lambda n=n: ours(**made[n]).loss) for n in counts}
-    works.update(
-        prompt=step_of(theirs, lambda: passes(0)), tokens=step_of(theirs, lambda: passes(8))
-    )
+    works.update(prompt=step_of(theirs, lambda: passes(0)),
+                 tokens=step_of(theirs, lambda: passes(8)))
     took = interleaved(works, repeats)
     token = (took['tokens'] - took['prompt']) / 8
     print('\ntraining step by thoughts: ' + ', '.join(f'{n}: {took[n]:.2f} s' for n in counts))
-    print(
-        f'a further thought: {(took[32] - took[0]) / 32:.3f} s (from 0 to 32); a token in a pass '
-        f'of its own over transformers: {token:.3f} s'
-    )
+    print(f'a further thought: {(took[32] - took[0]) / 32:.3f} s (from 0 to 32); a token in a pass '
+          f'of its own over transformers: {token:.3f} s')
     return dict(seconds={n: took[n] for n in counts}, token=token)
 
 
@@ -225,7 +195,8 @@ def products():
     ]
     inputs = {
         n: torch.randn(ROWS, 1, n, device=device)
-        for n in {linear.in_features for linear in linears}
+        for n in {linear.in_features
+                  for linear in linears}
     }
     for _ in range(NEW - 1):
         for linear in linears:
@@ -239,8 +210,7 @@ def generation():
     works = {
         'plain, no thoughts': lambda: plain_generate(theirs, plain, NEW),
         'ours': lambda: ours.generate(**batch, max_new_tokens=NEW),
-        'ours, one token': lambda: ours.generate(**batch, max_new_tokens=1),
-        'products': products,
+        'ours, one token': lambda: ours.generate(**batch, max_new_tokens=1), 'products': products,
     }
     with autocast:
         costs = {name: cost(work) for name, work in works.items()}
@@ -252,35 +222,31 @@ def generation():
         for name in ('plain, no thoughts', 'ours', 'published, no cache')
     }
     table(f'{ROWS} answers of {NEW} tokens, {THOUGHTS} thoughts', lines, 'plain, no thoughts')
-    step, bare = (took['ours'] - took['ours, one token']) / (NEW - 1), took['products'] / (NEW - 1)
-    print(
-        f'a decoding step: {step:.3f} s, its matrix products alone: {bare:.3f} s, ratio '
-        f'{step / bare:.2f}'
-    )
+    step, bare = (took['ours'] - took['ours, one token']) / (NEW-1), took['products'] / (NEW-1)
+    print(f'a decoding step: {step:.3f} s, its matrix products alone: {bare:.3f} s, ratio '
+          f'{step / bare:.2f}')
     return dict(lines, step=step, products=bare)
 
 
 def on_gpu(trained):
     """Against what this GPU can do: its own bf16 matrix rate and copy bandwidth."""
     a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
-    big = torch.empty(2**31, device=device, dtype=torch.uint8)
+    big = torch.empty(2 ** 31, device=device, dtype=torch.uint8)
     for _ in range(3):
-        rate, bandwidth = 2 * 8192**3 / seconds(lambda: a @ a), 2 * len(big) / seconds(big.clone)
+        rate, bandwidth = 2 * 8192 ** 3 / seconds(lambda: a @ a), 2 * len(big) / seconds(big.clone)
     print(
         f'\nbf16 products {rate / 1e12:.0f} TFLOP/s, copies {bandwidth / 1e9:.0f} GB/s; training: '
         f'{trained["ours"]["flops"] / trained["ours"]["seconds"] / rate:.1%} of the products, '
-        f'{trained["ours"]["seconds"] / trained["floor"]["seconds"]:.3f} of the floor'
-    )
+        f'{trained["ours"]["seconds"] / trained["floor"]["seconds"]:.3f} of the floor')
     model, out = ours.bfloat16(), dict(rate=rate, bandwidth=bandwidth)
     lm = model.language_model
-    weights = 2 * sum(
-        p.numel() for part in (lm.model.layers, lm.lm_head) for p in part.parameters()
-    )
+    weights = 2 * sum(p.numel()
+                      for part in (lm.model.layers, lm.lm_head)
+                      for p in part.parameters())
     for B in (1, 32):
         batch = make_batch(config, B, THOUGHTS, tiles, supervised=False)
-        kv = (
-            2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-        )  # numbers a token
+        kv = (2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+              )  # numbers a token
         read = weights + 2 * kv * batch['input_ids'].numel()
         compiled = torch.compile(model.step, mode='reduce-overhead', dynamic=False)
         for name, step in (('eager', None), ('compiled', compiled)):
@@ -291,18 +257,14 @@ def on_gpu(trained):
             model.__dict__.pop('step', None)
             each = (took[129] - took[1]) / 128
             out[f'{name} {B}'] = dict(tokens_per_s=B / each, of_bandwidth=read / each / bandwidth)
-            print(
-                f'decoding, {B} rows, {name}: {B / each:.0f} tokens/s, '
-                f'{read / each / bandwidth:.1%} of the bandwidth floor'
-            )
+            print(f'decoding, {B} rows, {name}: {B / each:.0f} tokens/s, '
+                  f'{read / each / bandwidth:.1%} of the bandwidth floor')
     return out
 
 
 def simulated_memory():
-    """
-    Peak memory of a 1B training step by category, on fake tensors: 8 rows of 7 tiles, stage 4, bf16
-    autocast, AdamW, activation checkpointing.
-    """
+    """Peak memory of a 1B training step by category, on fake tensors: 8 rows of 7 tiles, stage 4,
+    bf16 autocast, AdamW, activation checkpointing."""
     batch, peaks, lay_out = make_batch(config, 8, 8, tiles), {}, model.lay_out
     for frozen in (True, False):
         with torch.device('meta'):
@@ -310,28 +272,22 @@ def simulated_memory():
         with FakeTensorMode(allow_non_fake_inputs=True) as fake:
             ours = ours.to_empty(device='cpu')
             ours.set_activation_checkpointing()
-            for module in (
-                ours.vision_model.modules() if frozen else ()
-            ):  # the tracker wants gradients of parameters
+            for module in (ours.vision_model.modules() if frozen else
+                           ()):  # the tracker wants gradients of parameters
                 for name, p in list(module.named_parameters(recurse=False)):
                     delattr(module, name)
                     module.register_buffer(name, p.detach())
-            optimizer = torch.optim.AdamW(
-                [p for p in ours.parameters() if p.requires_grad], foreach=False
-            )
+            optimizer = torch.optim.AdamW([p for p in ours.parameters() if p.requires_grad],
+                                          foreach=False)
 
             def on_real_ids(*args):  # where a token stands is known, the rest is shapes
                 with unset_fake_temporarily():
                     layout = lay_out(*args)
                 fakes = lambda tensors: tuple(map(fake.from_tensor, tensors))
-                return Layout(
-                    *fakes(layout[:4]),
-                    layout.widths,
-                    layout.real_slots,
-                    *fakes([layout.image_slots]),
-                    layout.image_tokens,
-                    fakes(layout.targets),
-                )
+                return Layout(*fakes(layout[:4]), layout.widths, layout.real_slots,
+                              *fakes([layout.image_slots]), layout.image_tokens,
+                              fakes(layout.targets),
+                              )
 
             model.lay_out, pixels = on_real_ids, fake.from_tensor(batch['pixel_values'])
             for p in ours.parameters():
@@ -342,21 +298,19 @@ def simulated_memory():
             tracker.track_external(ours, optimizer)
             with tracker:
                 with torch.autocast('cpu', torch.bfloat16):
-                    loss = ours(
-                        batch['input_ids'], pixels, batch['attention_mask'], batch['labels']
-                    ).loss
+                    loss = ours(batch['input_ids'], pixels, batch['attention_mask'],
+                                batch['labels']).loss
                 loss.backward()
                 optimizer.step()
             model.lay_out = lay_out
         peak = next(iter(tracker.get_tracker_snapshot('peak').values()))
         peaks['vision frozen' if frozen else 'vision trained'] = {
-            str(kind): size for kind, size in peak.items()
+            str(kind): size
+            for kind, size in peak.items()
         }
     for name, peak in peaks.items():
-        print(
-            f'{name}: '
-            + ', '.join(f'{k.split(".")[-1]} {v / 2**30:.2f} GiB' for k, v in peak.items() if v)
-        )
+        print(f'{name}: ' +
+              ', '.join(f'{k.split(".")[-1]} {v / 2**30:.2f} GiB' for k, v in peak.items() if v))
     return peaks
 
 
@@ -365,7 +319,7 @@ if __name__ == '__main__':
     if size not in CONFIGS:
         raise ValueError(f'size={size!r}: expected {" or ".join(CONFIGS)}')
     device, config = pick_device(device), CONFIGS[size]
-    batch_size, tiles = (4, (1, 2)) if size == 'small' else (8, (7,))
+    batch_size, tiles = (4, (1, 2)) if size == 'small' else (8, (7, ))
     autocast = torch.autocast(device, torch.bfloat16, enabled=device == 'cuda')
     if size == '1b' and device == 'cpu':
         print('no GPU: the peak memory of a training step, simulated')
@@ -373,8 +327,7 @@ if __name__ == '__main__':
     else:
         print(
             'transformers\' model and ours are made and warmed up; about 20 minutes in all on one '
-            'core',
-            flush=True,
+            'core', flush=True,
         )
         ours, theirs = (m.to(device) for m in models(config, seed))
         for tower in (ours.vision_model, theirs.model.vision_tower) if size == '1b' else ():

@@ -47,9 +47,8 @@ CELL, HOPS, NUMBERS = 28, 4, ('No', 'One', 'Two', 'Three', 'Four', 'Five', 'Six'
 
 
 def draw_chain(rng, hops=HOPS):
-    """
-    One row: (image uint8 [84, 84, 3], fields of A-OKVQA's schema without image and question_id).
-    """
+    """One row: (image uint8 [84, 84, 3], fields of A-OKVQA's schema without image and
+    question_id)."""
     names, rooms = list(COLOURS), np.array(list(COLOURS.values()))
     order = rng.permutation(len(names))
     path = order[: hops + 1]
@@ -77,10 +76,8 @@ def draw_chain(rng, hops=HOPS):
 
 
 def draw(rows, seed, hops=HOPS):
-    """
-    split -> raw rows for `rows`, split -> number; images as PNG. Every split has its own random
-    stream.
-    """
+    """split -> raw rows for `rows`, split -> number; images as PNG. Every split has its own random
+    stream."""
     if not 1 <= hops < len(NUMBERS):
         raise ValueError(f'hops={hops}: expected 1 to {len(NUMBERS) - 1}')
     drawn = {}
@@ -101,14 +98,12 @@ KINDS = [f'{start}mpus' for start in STARTS.split()]
 
 
 def draw_graph(rng, nodes, steps):
-    """
-    One row in Coconut's format, and under `results` the kind that each step arrives at. One fact a
-    line, so that a name is the same token in facts and steps. Nodes 0 and 1 are people; a node
+    """One row in Coconut's format, and under `results` the kind that each step arrives at. One fact
+    a line, so that a name is the same token in facts and steps. Nodes 0 and 1 are people; a node
     without a parent is a person too. The next nodes lead `steps` away from each of the two in turn,
     with Poisson(0.25) further parents; each later node has Poisson(1.5) parents, deep ones more
     likely. 35 % of these may not descend from 1, 35 % not from 0. The two kinds of the question are
-    equally far from 0 and from 1.
-    """
+    equally far from 0 and from 1."""
     while True:
         parents, depth = [[], []], [0, 0]
         family = [1, 2]  # 1 descends from node 0, 2 from node 1, 3 from both, 0 from neither
@@ -155,10 +150,8 @@ def draw_graph(rng, nodes, steps):
 
 
 def shortest_ways(parents, start):
-    """
-    Node -> a shortest way from `start` to it, for all that descend from it; parents come before
-    their children.
-    """
+    """Node -> a shortest way from `start` to it, for all that descend from it; parents come before
+    their children."""
     ways = {start: [start]}
     for node, above in enumerate(parents):
         if reached := [ways[n] for n in above if n in ways]:
@@ -167,11 +160,9 @@ def shortest_ways(parents, start):
 
 
 def draw_graphs(rows, seed, nodes):
-    """
-    split -> rows in Coconut's format for `rows`, split -> number; each of a random size up to
+    """split -> rows in Coconut's format for `rows`, split -> number; each of a random size up to
     `nodes`. From large graphs alone a small model does not learn to look a fact up; from small ones
-    among them it does.
-    """
+    among them it does."""
     if not 2 + 2 * STEPS <= nodes <= len(KINDS):
         raise ValueError(f'nodes={nodes}: expected {2 + 2 * STEPS} to {len(KINDS)}')
     drawn = {}
