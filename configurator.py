@@ -89,6 +89,9 @@ def kind_of(defaults, key, where, elsewhere):
 def configure(module):
     """A script's globals() -> its knobs as files and flags set them. Prints the table."""
     sys.excepthook = one_sentence
+    for stream in (sys.stdout, sys.stderr):  # what the terminal cannot show is shown escaped
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace')
     elsewhere = {name for script in SCRIPTS for name in knob_names(f'{HERE}/{script}.py')}
     known = {name: module.get(name) for name in knob_names(module['__file__'])}
     plain = (bool, int, float, str)

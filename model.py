@@ -549,7 +549,7 @@ class MultiCoCo(nn.Module):
         training. A <|latent|> that the model writes itself is fed the last hidden state too;
         edit_thought is called for each new token, with k = n + its place among them, since which
         rows wrote one is known on the device alone."""
-        if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
+        if not 0 <= temperature < math.inf or not 0 < top_p <= 1 or max_new_tokens < 1:
             raise ValueError(f'temperature={temperature}, top_p={top_p}, '
                              f'max_new_tokens={max_new_tokens}: expected temperature >= 0, 0 < '
                              'top_p <= 1 and max_new_tokens >= 1')
@@ -636,9 +636,9 @@ class MultiCoCo(nn.Module):
 
 
 def sample(logits, temperature, top_p, generator=None):
-    """float32 [B, V] to int64 [B]: the likeliest token at temperature 0, else one of the top_p
-    mass."""
-    if temperature == 0:
+    """float32 [B, V] to int64 [B]: the likeliest token at temperature 0 (and so near it that the
+    division overflows), else one of the top_p mass."""
+    if temperature < 1e-6:
         return logits.argmax(-1)
     p, token = (logits / temperature).softmax(-1).sort(-1, descending=True)
     p[p.cumsum(-1) - p >= top_p] = 0  # what comes before this token is enough

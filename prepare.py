@@ -271,8 +271,8 @@ CHOOSING = (r'(?:\b(?:option|choice|it is|it\'s|(?:would|must|should) '
             r'be|say|choose|pick|select|guess'
             r'|go with)\b|选[择项]?|選)')
 LINK = (r'(?:[\s:=–—"\'(\[{<]+|-(?!\d)|\b(?:is|are|would|should|must|be|option|choice|letter'
-        r'|clearly|probably|likely|most|therefore|thus|the|ist|die|est|la|le|es|è|é)\b'
-        r'|是|为|為|は|应该|选项)*')
+        r'|clearly|probably|likely|most|therefore|thus|the|ist|die|est|la|le|es|è|é'
+        r'|correct[ae]?|right|best|final)\b|是|为|為|は|은|는|应该|选项)*')
 RIGHT = re.compile(r'\s+(?:is|was|would be|must be|seems)\s+(?:(?:the|most|probably|clearly)\s+)*'
                    r'(?:correct|right|best|answer|likely)\b', re.I)
 WRONG = re.compile(r'\W*(?:is|was|are|seems)(?:\s+(?:\w+\s+)?(?:not|wrong|incorrect|false)\b|n\'t)',
@@ -283,13 +283,14 @@ JOINED = re.compile(r'[\s)\]"\'>(]*(?:[,;/&|、或和]|\b(?:or|and|also|possibly
                     r'|und|oder|et|ou)\b)[\s,(]*(?:(?:or|and|also|maybe|possibly|perhaps'
                     r'|as well as|the|an)\s+)*[("\'\[]*|\s+(?=[A-H][.):])', re.I)
 ARTICLE = re.compile(r'(?:an?|the)\s+', re.I)
-LETTER = re.compile(r"([A-Ha-h])(?![\w+#]|[&'.-]\w)")
+UNSPACED = re.compile('[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]')  # Thai, kana, Han: no word ends
+LETTER = re.compile(r"([A-Ha-h])(?:(?=[\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af])|(?![\w+#]|[&'.-]\w))")
 LETTERED = re.compile(r'[A-H](?:[).:,\]|"\'>]|\s*$|\s+-\s|\s+(?:because|since|as)\b)'
                       r'|[a-h](?:[).:](?=\s|$)|\s*$)', re.M)
 BULLET = re.compile(r'[\s"\'(\[{<>#„•]*(?:\d+[.)]\s+(?=[A-H]\b))?(?:-(?!\d)\s*)?')
-UNSPACED = re.compile('[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]')  # Thai, kana, Han: no word ends
 # what takes back or only supposes the answer that follows, or the one before
-SUPPOSED = re.compile(r'(?:\b(?:not|no way|impossible|doubt|wrong|incorrect|might|never)\b|n\'t\b)'
+SUPPOSED = re.compile(r'(?:\b(?:not|no way|impossible|doubt|wrong|incorrect|might|never'
+                      r'|ruled? out|eliminated?|excluded?)\b|n\'t\b|不)'
                       r'[^.!?,;\n]*$|\bwere\b[^.!?\n]*$', re.I)
 CORRECTED = re.compile(r'\b(?:wait|actually|on second thought|correction|hmm|sorry|i was wrong'
                        r'|let me re\w*)\b', re.I)
@@ -518,12 +519,14 @@ NUMBERS = 'zero one two three four five six seven eight nine ten'.split()
 def normalised(text):
     """A free answer as VQA's evaluation compares them: case, articles, punctuation and number words
     do not count. Unlike there a minus before a digit stays, and 'none' is no number."""
+    text = re.sub('([⁰¹²³⁴-⁹]+)', r'^\1', text)                   # 10² is not 102
     text = unicodedata.normalize('NFKC', text).lower().replace('’', "'").lstrip('# ')
     text = re.sub(r'(?<!\w)[-−–]\s?(?=\d)', '-', text)
     text = re.sub(r'(?<=\d)\.0+(?!\d)', '', text)                # 18.0
     text = re.sub(r'(?<!\d)\.(?=\d)', '0.', text)                # .5
     text = re.sub(r'(?<=\d),(?=\d{3})', '', text)                # 1,000
-    text = re.sub(r'(?<=\w)-(?=\w)|[;/\[\]"{}()\\_@`?!,:*]', ' ', text)
+    text = re.sub(r'\s+(?=%)', '', text)                         # 5 %
+    text = re.sub(r'(?<=\w)-(?=\w)|(?<!\d)/|/(?!\d)|[;\[\]"{}()\\_@`?!,:*。、]', ' ', text)
     text = re.sub(r'\.(?!\d)', '', text)                         # but 1.5
     text = re.sub(r'\b(?:a|an|the)\s+(?=\S)', '', text)          # but vitamin a
     words = text.split()
@@ -844,13 +847,16 @@ def as_items(value, field):
     if isinstance(value, str):
         if not re.fullmatch(r'\s*\[.*\]\s*', value, re.S):
             return None
+        try:
+            return json.loads(value)
+        except ValueError:
+            pass  # a Python list, as A-OKVQA's, or no list
         if re.search(r'''['"]\s+['"]''', value):  # without commas Python would glue the items
             raise Dropped(f'whose {field} is a list without commas, written as text')
         try:
-            items = ast.literal_eval(value.strip())
-        except (ValueError, SyntaxError):
+            return ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
             return None
-        return items if isinstance(items, list) else None
     raise Dropped(f'whose {field} is {type(value).__name__}, not a list')
 
 
@@ -890,9 +896,19 @@ def texts_of(raw, field):
     return [as_text(item, field) for item in items if not is_missing(item)]
 
 
+def without_letters(choices):
+    """Options without the letters that each begins with, as in 'A. cat', 'B. dog'."""
+    found = [re.fullmatch(rf'\s*\(?{letter}[.):]\s*(\S.*)', choice, re.S)
+             for letter, choice in zip(LETTERS, choices)]
+    return [match[1] for match in found] if all(found) else choices
+
+
 def find_choice(value, choices):
-    """The option that an answer means: its text or its letter."""
+    """The option that an answer means: its text, its letter, or both, as in 'B. dog'."""
     text = as_text(value, 'answer')
+    for letter, choice in zip(LETTERS, choices):
+        if re.fullmatch(rf'\(?{letter}[.):]\s*{re.escape(choice.strip())}', text):
+            text = choice.strip()
     exact = {choice.strip() for choice in choices if choice.strip() == text}
     letter = re.fullmatch(r'\(?([A-H])[.)]?', text)
     meant = exact or {c.strip() for c in choices if c.strip().casefold() == text.casefold()}
@@ -949,7 +965,8 @@ def read_row(raw, split, steps_from, max_latent_stage):
         if any(is_missing(choice) for choice in choices):
             raise Dropped('with an empty option')
         # spaces around an option stay: scorers compare the text as the data set has it
-        row['choices'] = [c if isinstance(c, str) else as_text(c, 'choices') for c in choices]
+        choices = [c if isinstance(c, str) else as_text(c, 'choices') for c in choices]
+        row['choices'] = without_letters(choices)
         right = right_choice(raw, row['choices'])
         if right is not None:
             row['correct_choice_idx'] = right
@@ -1018,12 +1035,16 @@ def read_picture(raw, folders):
     for folder in folders:
         path = os.path.join(folder, value)
         if len(value) < 4096 and os.path.isfile(path):
-            with open(path, 'rb') as f:
-                return f.read()
+            try:
+                with open(path, 'rb') as f:
+                    return f.read()
+            except OSError as error:
+                raise Dropped(f'whose image file cannot be read ({error.strerror})') from None
     raise Dropped('whose image file is not there')
 
 
 # --- where rows come from -------------------------------------------------------------------------
+ENDINGS = ('.json', '.jsonl', '.parquet')
 SPLITS = ('train', 'validation', 'test')
 SPLIT_WORDS = dict(train='train', validation='validation', valid='validation', val='validation',
                    dev='validation', test='test')
@@ -1065,10 +1086,11 @@ def find_files(dataset):
                 used.append((word, path))
     else:
         pattern = os.path.join(glob.escape(os.path.dirname(dataset)), '*')
-        beside = sorted(path for path in glob.glob(pattern + os.path.splitext(dataset)[1]))
+        beside = sorted(path for ending in ENDINGS for path in glob.glob(pattern + ending))
         own, stem = cut_name(dataset)
         used = [(cut_name(path)[0], path) for path in beside
-                if own and cut_name(path)[0] and cut_name(path)[1] == stem]
+                if own and cut_name(path)[0] and cut_name(path)[1] == stem
+                and path.endswith(os.path.splitext(dataset)[1])]
         used = used or [('train', dataset)]
     files = {}
     for split in SPLITS:
@@ -1097,14 +1119,14 @@ def read_json_rows(path):
     try:
         rows = json.loads(text)
         rows = [rows] if isinstance(rows, dict) and 'question' in rows else rows
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits
         rows, first = [], error
         for number, line in enumerate(text.split('\n'), 1):
             try:
                 if line.strip():
                     rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                reason = f'line {number}: {error.msg}' if rows else str(first)
+            except (ValueError, RecursionError) as error:
+                reason = f'line {number}: {error}' if rows else str(first)
                 raise ValueError(f'{path} is neither a JSON list nor a JSON row a line ({reason})'
                                  ) from None
     wrong = [i for i, row in enumerate(rows, 1) if not isinstance(row, dict)]
@@ -1118,7 +1140,7 @@ def read_json_rows(path):
 def read_raw(dataset, data_dir):
     """(split -> sequence of raw rows, folders that their image paths start from) of a JSON or
     parquet file, a folder of parquet files, or a hub id."""
-    if dataset.endswith(('.json', '.jsonl', '.parquet')) and not os.path.isdir(dataset):
+    if dataset.endswith(ENDINGS) and not os.path.isdir(dataset):
         if not os.path.isfile(dataset):
             raise FileNotFoundError(f'no data file {dataset}')
     elif os.path.isfile(dataset):
@@ -1176,8 +1198,15 @@ def read_arrow(dataset, files, data_dir):
         if split is None or split in loaded:
             print(f'not used, the split {name} of {dataset}')
             continue
-        if isinstance(rows.features.get('image'), datasets.Image):
-            rows = rows.cast_column('image', datasets.Image(decode=False))
+        for column, feature in rows.features.items():
+            item = getattr(feature, 'feature', None)
+            if isinstance(feature, datasets.Image):
+                rows = rows.cast_column(column, datasets.Image(decode=False))
+            elif isinstance(item, datasets.Image):
+                rows = rows.cast_column(column, type(feature)(datasets.Image(decode=False)))
+            elif isinstance(feature, datasets.ClassLabel) and column in FIELDS:
+                names = [None if i is None or i < 0 else feature.names[i] for i in rows[column]]
+                rows = rows.remove_columns(column).add_column(column, names)
         loaded[split] = rows
     return loaded
 
@@ -1196,6 +1225,9 @@ def name_unused(raw, dataset):
                          'conversation to such a row')
     if unused:
         print(f'columns not used: {", ".join(unused)}')
+    for split, rows in raw.items():
+        if hasattr(rows, 'select_columns'):  # what is not read is not decoded either
+            raw[split] = rows.select_columns([c for c in rows.column_names if c in FIELDS])
 
 
 # --- preparing ------------------------------------------------------------------------------------

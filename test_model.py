@@ -2066,3 +2066,77 @@ def test_an_export_is_whole_or_not_there(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ['empty', 'full', 'in']
     with pytest.raises(ValueError, match='ps_version=v1'):
         tiny_model(ps_version='v1').save_pretrained(str(tmp_path / 'new'), tokenizer)
+
+
+# --------------------------------------------------------------------------------------------------
+# what people bring
+
+@pytest.mark.parametrize('text, expected', (
+    ('I rule out option A. The answer is B', 1), ('Eliminate option A.', None), ('不选A', None),
+    ('I would exclude option B and option C', None), ('정답은 C입니다', 2), ('答えはCです', 2),
+    ('La respuesta correcta es la C', 2), ('La bonne réponse est C', 2), ('Düsseldorf', None)))
+def test_answers_in_further_words(text, expected):
+    option, parsed = prepare.extract_choice(text, ['cat', 'kite', 'dog', 'car'])
+    assert (option if parsed else None) == expected
+
+
+@pytest.mark.parametrize('said, known, right', (
+    ('3 4', '3/4', False), ('3/4', '3/4', True), ('102', '10²', False), ('10²', '10²', True),
+    ('5%', '5 %', True), ('狗。', '狗', True), ('cat/dog', 'cat dog', True)))
+def test_signs_in_free_answers(said, known, right):
+    row = dict(question='?', answer=known)
+    assert prepare.free_answer_is(said, row, '{answer}')[0] is right
+
+
+@pytest.mark.parametrize('answer', ('B', 'B. dog', 'dog'))
+def test_options_that_begin_with_their_letters(answer):
+    row, reason = prepare.build_row(dict(question='?', choices=['A. cat', 'B. dog'], answer=answer),
+                                    'validation')
+    assert reason is None
+    assert row['choices'] == ['cat', 'dog']
+    assert row['answer'] == 'dog'
+
+
+def test_lists_written_as_json_text():
+    raw = dict(question='?', answer='a', steps='["the \'a\' \'b\' test", null, "y"]')
+    row, _ = prepare.build_row(raw, 'train')
+    assert row['steps'] == ["the 'a' 'b' test", 'y']
+
+
+def test_parquet_columns_of_other_kinds(tmp_path):
+    """Classes are their names, lists of one image are images, what nobody reads is not decoded."""
+    import datasets
+    png = io.BytesIO()
+    Image.new('RGB', (40, 40), 'red').save(png, 'PNG')
+    rows = dict(question=['Who?', 'What?'], answer=[1, 0], steps=[['It is.'], ['It was.']],
+                image=[[dict(bytes=png.getvalue(), path=None)]] * 2,
+                spare=[dict(bytes=b'no image', path=None)] * 2)
+    features = datasets.Features(
+        question=datasets.Value('string'), answer=datasets.ClassLabel(names=['cat', 'dog']),
+        steps=datasets.Sequence(datasets.Value('string')),
+        image=datasets.Sequence(datasets.Image()), spare=datasets.Image())
+    (tmp_path / 'in').mkdir()
+    for split in ('train', 'test'):
+        path = str(tmp_path / 'in' / f'{split}.parquet')
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
+    said = script('prepare.py', f'--dataset={tmp_path}/in', f'--data_dir={tmp_path}/data',
+                  '--init_from=scratch', '--image_size=28')
+    assert 'columns not used: spare' in said
+    train = prepare.read_split(str(tmp_path / 'data'), 'test')
+    assert [row['answer'] for row in train] == ['dog', 'cat']
+    assert all(row['image'].endswith('.png') for row in train)
+
+
+@pytest.mark.parametrize('text', ('[' * 100000, '{"question": ' + '9' * 5000 + '}'))
+def test_json_that_python_cannot_hold(tmp_path, text):
+    (tmp_path / 'mine.json').write_text(text)
+    with pytest.raises(ValueError, match='is neither a JSON list nor a JSON row a line'):
+        prepare.read_json_rows(str(tmp_path / 'mine.json'))
+
+
+def test_a_data_dir_that_cannot_be_a_folder(tmp_path):
+    (tmp_path / 'file').write_text('')
+    (tmp_path / 'mine.jsonl').write_text('{"question": "?", "answer": "a"}\n' * 2)
+    said = script('prepare.py', f'--dataset={tmp_path}/mine.jsonl', f'--data_dir={tmp_path}/file',
+                  '--init_from=scratch', fails=True)
+    assert 'cannot be a folder' in said

@@ -41,8 +41,7 @@ from model import Config, Layout, MultiCoCo
 from sample import pick_device
 from prepare import collate
 from experiments.reference import (embed, floor_loss, models, plain_generate, published_generate,
-                                   published_loss,
-                                   )
+                                   published_loss)
 
 # --- knobs ----------------------------------------------------------------------------------------
 size = 'small'  # 'small' or '1b'
@@ -55,10 +54,9 @@ NO_END = dict(eos_token_ids=(-1, ))  # every row writes all its tokens
 CONFIGS = {
     '1b': Config(**NO_END),
     'small': Config(num_hidden_layers=2, vision_num_layers=2, vision_hidden_size=384,
-                    vision_num_heads=6, vision_intermediate_size=1536, **NO_END,
-                    ),
+                    vision_num_heads=6, vision_intermediate_size=1536, **NO_END)
 }
-QUESTION, THOUGHTS, ANSWER = (40, 8, 24,
+QUESTION, THOUGHTS, ANSWER = (40, 8, 24
                               )  # text tokens of a row's prompt, its thoughts, supervised tokens
 ROWS, NEW = 16, 32  # of a generation: rows, and tokens that each writes
 
@@ -76,8 +74,7 @@ def make_batch(c, B, thoughts, tiles=(1, 2), supervised=True):
         pixels = torch.randint(0, 256, (P, 3, side, side), generator=g, dtype=torch.uint8)
         made.append(
             dict(input_ids=ids + text[-ANSWER:] if supervised else ids,
-                 labels=labels if supervised else None, pixel_values=pixels,
-                 ))
+                 labels=labels if supervised else None, pixel_values=pixels))
     return {k: v.to(device) for k, v in collate(made).items()}
 
 
@@ -141,8 +138,7 @@ def table(title, lines, floor):
     for name, v in lines.items():
         more = f'{v["flops"] / 1e9:28.1f}{v["peak"] / 1e9:9.2f}' if 'flops' in v else ''
         print(f'{name:30}{v["seconds"]:10.2f}{v["seconds"] / lines[floor]["seconds"]:9.3f}{more}',
-              flush=True,
-              )
+              flush=True)
 
 
 def training():
@@ -150,7 +146,7 @@ def training():
     works = {
         'floor': step_of(theirs, lambda: floor_loss(theirs, batch)),
         'ours': step_of(ours, lambda: ours(**batch).loss),
-        'published': step_of(theirs, lambda: published_loss(theirs, batch, config.latent_token_id)),
+        'published': step_of(theirs, lambda: published_loss(theirs, batch, config.latent_token_id))
     }
     costs = {name: cost(work) for name, work in works.items()}
     took = interleaved({name: works[name] for name in ('floor', 'ours')}, repeats)
@@ -210,7 +206,7 @@ def generation():
     works = {
         'plain, no thoughts': lambda: plain_generate(theirs, plain, NEW),
         'ours': lambda: ours.generate(**batch, max_new_tokens=NEW),
-        'ours, one token': lambda: ours.generate(**batch, max_new_tokens=1), 'products': products,
+        'ours, one token': lambda: ours.generate(**batch, max_new_tokens=1), 'products': products
     }
     with autocast:
         costs = {name: cost(work) for name, work in works.items()}
@@ -286,8 +282,7 @@ def simulated_memory():
                 fakes = lambda tensors: tuple(map(fake.from_tensor, tensors))
                 return Layout(*fakes(layout[:4]), layout.widths, layout.real_slots,
                               *fakes([layout.image_slots]), layout.image_tokens,
-                              fakes(layout.targets),
-                              )
+                              fakes(layout.targets))
 
             model.lay_out, pixels = on_real_ids, fake.from_tensor(batch['pixel_values'])
             for p in ours.parameters():
@@ -327,8 +322,7 @@ if __name__ == '__main__':
     else:
         print(
             'transformers\' model and ours are made and warmed up; about 20 minutes in all on one '
-            'core', flush=True,
-        )
+            'core', flush=True)
         ours, theirs = (m.to(device) for m in models(config, seed))
         for tower in (ours.vision_model, theirs.model.vision_tower) if size == '1b' else ():
             tower.requires_grad_(False)  # as config/aokvqa.py has it

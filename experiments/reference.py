@@ -28,20 +28,17 @@ def models(c, seed=0):
                        num_key_value_heads=c.num_key_value_heads,
                        max_position_embeddings=c.max_position_embeddings,
                        rms_norm_eps=c.rms_norm_eps, tie_word_embeddings=False,
-                       rope_parameters={'rope_type': 'default', 'rope_theta': c.rope_theta},
-                       )
+                       rope_parameters={'rope_type': 'default', 'rope_theta': c.rope_theta})
     vision = InternVLVisionConfig(hidden_size=c.vision_hidden_size,
                                   intermediate_size=c.vision_intermediate_size, attention_bias=True,
                                   num_hidden_layers=c.vision_num_layers,
                                   num_attention_heads=c.vision_num_heads,
-                                  image_size=[c.image_size] * 2, patch_size=[c.patch_size] * 2,
-                                  )
+                                  image_size=[c.image_size] * 2, patch_size=[c.patch_size] * 2)
     torch.manual_seed(seed)
     ours = MultiCoCo(c)
     theirs = InternVLForConditionalGeneration(
         InternVLConfig(vision_config=vision, text_config=text, image_token_id=c.image_token_id,
-                       tie_word_embeddings=False,
-                       ))
+                       tie_word_embeddings=False))
     fill_with(ours, to_our_names(theirs.state_dict().items(), 'transformers'), 'transformers')
     return ours, theirs.eval()
 
@@ -91,8 +88,7 @@ def published_loss(theirs, batch, latent):
         out = theirs.model.language_model(inputs_embeds=x[:, start:stop],
                                           attention_mask=mask[:, :stop],
                                           position_ids=position[:, start:stop],
-                                          past_key_values=cache, use_cache=True,
-                                          )
+                                          past_key_values=cache, use_cache=True)
         logits.append(theirs.lm_head(out.last_hidden_state))
         if k < n:
             cells = [[x[b, t] for t in range(T)] for b in range(len(x))]
