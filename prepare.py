@@ -284,7 +284,8 @@ JOINED = re.compile(r'[\s)\]"\'>(]*(?:[,;/&|、或和]|\b(?:or|and|also|possibly
                     r'|as well as|the|an)\s+)*[("\'\[]*|\s+(?=[A-H][.):])', re.I)
 ARTICLE = re.compile(r'(?:an?|the)\s+', re.I)
 UNSPACED = re.compile('[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]')  # Thai, kana, Han: no word ends
-LETTER = re.compile(r"([A-Ha-h])(?:(?=[\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af])|(?![\w+#]|[&'.-]\w))")
+LETTER = re.compile(r"([A-Ha-h])(?:(?=[\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af])"
+                    r"|(?![\w+#]|[&'.-]\w))")
 LETTERED = re.compile(r'[A-H](?:[).:,\]|"\'>]|\s*$|\s+-\s|\s+(?:because|since|as)\b)'
                       r'|[a-h](?:[).:](?=\s|$)|\s*$)', re.M)
 BULLET = re.compile(r'[\s"\'(\[{<>#„•]*(?:\d+[.)]\s+(?=[A-H]\b))?(?:-(?!\d)\s*)?')
@@ -816,7 +817,8 @@ def digest(folder, *splits):
 # --- from anybody's row to a prepared one ---------------------------------------------------------
 # the fields that are read; any other column is named once
 FIELDS = ('question', 'image', 'image_path', 'choices', 'correct_choice_idx', 'answer', 'steps',
-          'results', 'rationales', 'question_id', 'idx', 'id')
+          'results', 'edges', 'idx_to_symbol',
+          'rationales', 'question_id', 'idx', 'id')
 RESERVED = ('<image>', *SPECIAL_TOKENS, '<|im_start|>', '<|im_end|>', '<|endoftext|>')
 ABBREVIATION = re.compile(r'(?:\b(?:St|Dr|Mr|Mrs|Ms|Jr|Sr|Prof|Mt|vs|etc|approx|ca|[A-Z])'
                           r'|\b[ap]\.m|\b(?:[A-Za-z]\.)+[A-Za-z])\.$')
@@ -992,8 +994,20 @@ def read_row(raw, split, steps_from, max_latent_stage):
         row['explanation'] = (sentences(source[0]) or [''])[0] if source else ''
         if not is_missing(raw.get('results')):
             row['results'] = texts_of(raw, 'results')
+        row.update(edges_of(raw))
     check_text(row)
     return row
+
+
+def edges_of(raw):
+    """{'edges': pairs of names}, the map that a row's steps follow, for experiments/probe.py; given
+    as numbers into `idx_to_symbol` in ProsQA's files. {} without one."""
+    names, edges = raw.get('idx_to_symbol'), raw.get('edges')
+    try:
+        pairs = [[names[a], names[b]] if names else [a, b] for a, b in edges]
+    except (TypeError, ValueError, IndexError):
+        return {}
+    return {'edges': pairs} if all(isinstance(n, str) for pair in pairs for n in pair) else {}
 
 
 def check_text(row):

@@ -144,11 +144,18 @@ def ask(model, tokenizer, rows, groups, answer, autocast, loading=None, edit_for
         yield group, answers, time.time() - began
 
 
+def wilson(p, n, z=1.96):
+    """Wilson's interval, by default of 95 %, of a share p of n."""
+    centre = (p + z * z / 2 / n) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / 4 / n / n) / (1 + z * z / n)
+    return [centre - half, centre + half]
+
+
 def summarize(answers, seconds):
     """Metrics of what `respond` gave. Where the answers are known: accuracy, in which an answer
     that says no option is wrong, with Wilson's 95 % interval; for options also accuracy_default_a,
     in which it counts as A; for free answers also accuracy_exact, letter by letter."""
-    n, z = len(answers), 1.96
+    n = len(answers)
 
     def total(key):
         return sum(found[key] for found in answers)
@@ -158,9 +165,7 @@ def summarize(answers, seconds):
                    seconds_per_answer=seconds / n)
     if all('right' in found for found in answers):
         p = total('right') / n
-        centre = (p + z * z / 2 / n) / (1 + z * z / n)
-        half = z * math.sqrt(p * (1 - p) / n + z * z / 4 / n / n) / (1 + z * z / n)
-        metrics.update(accuracy=p, interval=[centre - half, centre + half])
+        metrics.update(accuracy=p, interval=wilson(p, n))
         for key, name in (('default_a', 'accuracy_default_a'), ('exact', 'accuracy_exact')):
             having = [found[key] for found in answers if key in found]
             if having:

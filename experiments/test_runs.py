@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, InternVLForConditionalGeneration
 
 import prepare
 import train
-from experiments import bench, probe, reference, toy
+from experiments import bench, probe, reference, shortcuts, toy
 from model import Config, SPECIAL_TOKENS
 from model import lay_out, load_checkpoint, load_tokenizer
 from test_model import loaded  # noqa: F401, a fixture
@@ -1227,3 +1227,146 @@ def test_pictures_for_a_text_decoder_are_refused(run, tmp_path):
     assert 'train rows have an image (the first is 00000)' in said
     assert 'is a text decoder' in said
     assert not (tmp_path / 'out').exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# predicted answers
+
+MAP = [['red', 'blue'], ['blue', 'pink'], ['pink', 'black'], ['black', 'red'], ['white', 'black']]
+
+
+def test_the_chain_is_continued_on_the_rows_own_map():
+    """Red, blue, pink, black; put in white after the first step it goes on to black and red."""
+    row = dict(edges=MAP, results=['blue', 'pink', 'black'])
+    assert probe.continued(row, 1, 'white') == 'red'
+    assert probe.continued(row, 2, 'white') == 'black'
+    assert probe.continued(row, 3, 'white') == 'white'
+    assert probe.continued(row, 1, 'green') is None
+    assert probe.continued(dict(row, edges=[*MAP, ['white', 'red']]), 1, 'white') is None
+
+
+def test_a_donor_is_elsewhere_and_predicts_another_answer():
+    row = dict(edges=MAP, results=['blue', 'pink', 'black'])
+    same, elsewhere = dict(row), dict(row, results=['white', 'black', 'red'])
+    donors, predicted = probe.patches([row, same, elsewhere], 1)
+    assert donors.tolist() == [2, 2, 0]
+    assert predicted == ['red', 'red', 'black']
+    donors, predicted = probe.patches([row, same], 1)
+    assert predicted == [None, None]
+    # at the second step white's chain is in black, which leads to red: the other way round pink
+    # leads to black
+    assert probe.patches([row, elsewhere], 2)[1] == ['red', 'black']
+    assert probe.patches([row, dict(steps=['It is.'], choices=['a', 'b'])], 1)[1] == [None, None]
+
+
+def test_a_patch_changes_one_thought_of_the_donors_choice():
+    thoughts = torch.arange(24.).view(3, 2, 4) + 1
+    edit = probe.replace('patch_2', thoughts, torch.tensor([2, 0, 1]))([0, 1])
+    own = -torch.ones(2, 4)
+    assert torch.equal(edit(1, own), own)
+    assert torch.equal(edit(2, own), thoughts[[2, 0], 1])
+
+
+def test_outcomes_are_shares_of_the_rows_that_predict():
+    texts = ['red A', 'It goes.\nblue B', 'pink', 'black']
+    said = probe.outcomes([dict(text=text) for text in texts], ['red', 'red', 'red', None],
+                          ['blue', 'blue', 'blue', 'black'])
+    assert said == dict(predicted=1 / 3, old=1 / 3, neither=pytest.approx(1 / 3), rows_predicted=3)
+    assert probe.outcomes([dict(text='red')], [None], ['red']) == {}
+    assert not probe.says(dict(text='redder'), 'red')
+
+
+@pytest.mark.parametrize('text, hidden, kind', (
+    ('Tom is a wu.\nEvery wu is a lo.\nTom is a lo.', 0, 'right way'),
+    ('Every wu is a lo.\nTom is a lo.', 1, 'right way'),
+    ('Tom is a wu.\nEvery wu is a ya.\nEvery ya is a lo.\nTom is a lo.', 0, 'longer way'),
+    ('Tom is a lo.\nTom is a lo.', 0, 'made-up edge'),
+    ('Tom is a wu.\nEvery ya is a lo.\nTom is a lo.', 0, 'made-up edge'),
+    ('Tom is a wu.\nTom is a ya.', 0, 'wrong target'), ('Tom is a lo.', 2, 'no step written')))
+def test_ways_that_are_written(text, hidden, kind):
+    row = dict(edges=[['Tom', 'wu'], ['wu', 'lo'], ['wu', 'ya'], ['ya', 'lo']],
+               steps=['Tom is a wu.', 'Every wu is a lo.'], answer='Tom is a lo.')
+    assert probe.path_kind(row, text, hidden) == kind
+
+
+def test_probability_by_distance_from_the_one_asked_about(loaded):
+    _, _, tokenizer = loaded
+    row = dict(question='Every b is a c.\nIs A a c or a d?', results=['b', 'c'],
+               edges=[['A', 'b'], ['b', 'c'], ['c', 'e'], ['e', 'f'], ['Z', 'd']])
+    p = torch.zeros(len(tokenizer))
+    for name, share in zip('bcefdx', (0.3, 0.2, 0.1, 0.1, 0.2, 0.1)):
+        p[tokenizer.convert_tokens_to_ids(name)] = share
+    sides = probe.mass_by_side(row, p, tokenizer)
+    assert sides == pytest.approx({'1': 0.3, '2': 0.2, '3': 0.1, 'further': 0.1, 'others': 0.2,
+                                   'gold': 0.5, 'elsewhere': 0.1})
+    assert probe.mass_by_side(dict(question='Four doors from red?', edges=MAP), p, tokenizer) == {}
+
+
+def test_a_hidden_image_is_seen_by_thoughts_and_by_nothing_behind_them():
+    """Up to the last thought all is as before, behind it not; generation from keys and values
+    agrees with passes over the whole row; the model is left as it was."""
+    model = tiny_model()
+    batch = without_labels(make_batch(model.config, [1, 2], [(3,), (2, 1)]))
+    with torch.no_grad():
+        seen = model(**batch)
+        with probe.hidden_image(model):
+            hidden = model(**batch)
+            new = model.generate(**batch, max_new_tokens=4, edit_thought=lambda k, thought: thought)
+            for b in range(2):
+                row = one_row(dict(batch, labels=batch['input_ids']), b)
+                del row['labels']
+                for token in new[b].tolist():
+                    assert model(**row).logits[0, -1].argmax() == token
+                    longer = torch.cat((row['input_ids'], torch.tensor([[token]])), 1)
+                    row['input_ids'] = longer
+        assert torch.equal(model(**batch).logits, seen.logits)
+    assert torch.allclose(hidden.thoughts, seen.thoughts, atol=1e-5)
+    for b in range(2):
+        last = int((batch['input_ids'][b] == model.config.latent_token_id).nonzero()[-1])
+        end = int(batch['attention_mask'][b].sum())
+        assert torch.allclose(hidden.logits[b, :last + 1], seen.logits[b, :last + 1], atol=1e-4)
+        changed = (hidden.logits - seen.logits)[b, last + 1:end].abs().amax(-1)
+        assert (changed > 1e-3).all()
+
+
+def test_rows_of_the_chain_carry_their_map():
+    rows = toy.draw(dict(train=3), 0)['train']
+    for row in rows:
+        assert len(row['edges']) == 8
+        place = re.search('from (.*)\\?', row['question'])[1]
+        assert probe.continued(dict(row, results=[place, *row['results']]), 1, place) == \
+            row['results'][-1]
+        prepared, _ = prepare.build_row(dict(row, image=None), 'train', 'all')
+        assert prepared['edges'] == row['edges']
+
+
+def test_edges_of_published_files_are_numbers():
+    raw = dict(question='Is Bob a x or y?', answer='Bob is a x.', steps=['Bob is a x.'],
+               edges=[[0, 1]], idx_to_symbol=['Bob', 'x'])
+    assert prepare.build_row(raw, 'train')[0]['edges'] == [['Bob', 'x']]
+    assert 'edges' not in prepare.build_row(dict(raw, edges=[[0, 7]]), 'train')[0]
+
+
+# Tom - a - b - c and Zoe - d: one edge back d's person is in sight
+GRAPH = 'Tom is a aa. Every aa is a bb. Every bb is a cc. Zoe is a dd. '
+
+
+@pytest.mark.parametrize('question, answer, scores', (
+    ('Is Tom a cc or dd?', 'Tom is a cc.', (1, 1, 1)),
+    ('Is Tom a dd or a cc?', 'Tom is a cc.', (1, 1, 1)),
+    ('Is Zoe a dd or a cc?', 'Zoe is a dd.', (0, 0, 0)),
+    ('Is Tom a bb or a cc?', 'Tom is a cc.', (0.5, 1, 1)),
+    ('Who is Tom?', 'A aa.', (None,) * 3)))
+def test_rules_that_never_look_at_who_is_asked(question, answer, scores):
+    row = dict(question=GRAPH + question, answer=answer)
+    assert tuple(shortcuts.score(row, k) for k in (1, 2, 3)) == scores
+
+
+def test_our_graphs_have_no_such_shortcut(tmp_path):
+    rows = toy.draw_graphs(dict(test=300), 5, 15)['test']
+    (tmp_path / 'rows.json').write_text(json.dumps(rows))
+    said = script('experiments/shortcuts.py', f'{tmp_path}/rows.json')
+    shares = [float(share) for share in re.findall(r'back: ([\d.]+) %', said)]
+    assert len(shares) == 3
+    assert all(44 < share < 56 for share in shares)
+    assert 'give one file' in script('experiments/shortcuts.py', fails=True)

@@ -34,13 +34,8 @@ import numpy as np
 from PIL import Image
 
 COLOURS = {
-    'red': (220, 40, 40),
-    'green': (40, 160, 60),
-    'blue': (50, 80, 220),
-    'yellow': (235, 215, 60),
-    'pink': (245, 150, 190),
-    'brown': (125, 80, 45),
-    'black': (25, 25, 25),
+    'red': (220, 40, 40), 'green': (40, 160, 60), 'blue': (50, 80, 220), 'yellow': (235, 215, 60),
+    'pink': (245, 150, 190), 'brown': (125, 80, 45), 'black': (25, 25, 25),
     'white': (245, 245, 245),
 }
 CELL, HOPS, NUMBERS = 28, 4, ('No', 'One', 'Two', 'Three', 'Four', 'Five', 'Six')
@@ -51,10 +46,9 @@ def draw_chain(rng, hops=HOPS):
     question_id)."""
     names, rooms = list(COLOURS), np.array(list(COLOURS.values()))
     order = rng.permutation(len(names))
-    path = order[: hops + 1]
+    path = order[:hops + 1]
     leads_to = np.array(
-        [rng.choice([r for r in range(len(names)) if r != room]) for room in range(len(names))]
-    )
+        [rng.choice([r for r in range(len(names)) if r != room]) for room in range(len(names))])
     leads_to[path[:-1]] = path[1:]
     cells = np.full((9, CELL, CELL, 3), 128)
     for cell, room in zip(rng.permutation(9), range(len(names))):
@@ -62,16 +56,15 @@ def draw_chain(rng, hops=HOPS):
         cells[cell, 7:-7, 7:-7] = rooms[leads_to[room]]
     image = cells.reshape(3, 3, CELL, CELL, 3).swapaxes(1, 2).reshape(3 * CELL, 3 * CELL, 3)
     options = rng.permutation(
-        [path[-1], *rng.permutation([r for r in order if r not in (path[0], path[-1])])[:3]]
-    )
+        [path[-1], *rng.permutation([r for r in order if r not in (path[0], path[-1])])[:3]])
     right = names[path[-1]]
     return image.astype(np.uint8), dict(
         question=f'{NUMBERS[hops]} doors from {names[path[0]]}?',
-        choices=[names[r] for r in options],
-        correct_choice_idx=int(list(options).index(path[-1])),
-        direct_answers=str([right]),
-        difficult_direct_answer=False,
-        rationales=[*(names[r] for r in path[1:-1]), f'{right} is where the last door leads'],
+        choices=[names[r] for r in options], correct_choice_idx=int(list(options).index(path[-1])),
+        direct_answers=str([right]), difficult_direct_answer=False,
+        rationales=[*(names[r] for r in path[1:-1]),
+                    f'{right} is where the last door leads'], results=[names[r] for r in path[1:]],
+        edges=[[names[a], names[b]] for a, b in enumerate(leads_to)],
     )
 
 
@@ -108,26 +101,23 @@ def draw_graph(rng, nodes, steps):
         parents, depth = [[], []], [0, 0]
         family = [1, 2]  # 1 descends from node 0, 2 from node 1, 3 from both, 0 from neither
         for node in range(2, nodes):
-            on_way = node < 2 + 2 * steps
-            shut = 2 - node % 2 if on_way else rng.choice((2, 1, 0), p=(0.35, 0.35, 0.3))
+            on_way = node < 2 + 2*steps
+            shut = 2 - node%2 if on_way else rng.choice((2, 1, 0), p=(0.35, 0.35, 0.3))
             open_to = [
                 n for n in range(node) if not family[n] & shut and not (on_way and n == node - 2)
             ]
             weight = np.array([1 + 1.5 * depth[n] for n in open_to])
             count = min(len(open_to), rng.poisson(0.25 if on_way else 1.5))
-            chosen = (
-                rng.choice(open_to, count, replace=False, p=weight / weight.sum()).tolist()
-                if count
-                else []
-            )
+            chosen = (rng.choice(open_to, count, replace=False, p=weight /
+                                 weight.sum()).tolist() if count else [])
             parents.append([node - 2, *chosen] if on_way else chosen)
             family.append(functools.reduce(operator.or_, (family[n] for n in parents[-1]), 0))
             depth.append(1 + max((depth[n] for n in parents[-1]), default=-1))
         ways = [shortest_ways(parents, start) for start in (0, 1)]
-        far = [
-            {len(ways[start][n]): n for n in range(2, nodes) if family[n] == 1 + start}
-            for start in (0, 1)
-        ]  # one node of each distance
+        far = [{len(ways[start][n]): n
+                for n in range(2, nodes)
+                if family[n] == 1 + start}
+               for start in (0, 1)]  # one node of each distance
         both = far[0].keys() & far[1].keys()
         if both and max(both) > steps and parents.count([]) <= len(PEOPLE):
             # else the two ways are too short, or there are too many people: draw another graph
@@ -140,12 +130,11 @@ def draw_graph(rng, nodes, steps):
     one, other = rng.permutation([right, wrong])
     way = ways[0][right]
     return dict(
-        question='\n'.join(
-            [*rng.permutation(facts), f'Is {name[0]} a {name[one]} or a {name[other]}?']
-        ),
-        steps=[says(a, b) for a, b in zip(way, way[1:])],
-        answer=f'{name[0]} is a {name[right]}.',
-        results=[name[n] for n in way[1:]],
+        question='\n'.join([
+            *rng.permutation(facts), f'Is {name[0]} a {name[one]} or a {name[other]}?'
+        ]), steps=[says(a, b) for a, b in zip(way, way[1:])],
+        answer=f'{name[0]} is a {name[right]}.', results=[name[n] for n in way[1:]],
+        edges=[[name[a], name[b]] for b in range(nodes) for a in parents[b]],
     )
 
 
@@ -163,11 +152,11 @@ def draw_graphs(rows, seed, nodes):
     """split -> rows in Coconut's format for `rows`, split -> number; each of a random size up to
     `nodes`. From large graphs alone a small model does not learn to look a fact up; from small ones
     among them it does."""
-    if not 2 + 2 * STEPS <= nodes <= len(KINDS):
+    if not 2 + 2*STEPS <= nodes <= len(KINDS):
         raise ValueError(f'nodes={nodes}: expected {2 + 2 * STEPS} to {len(KINDS)}')
     drawn = {}
     for number, (split, count) in enumerate(rows.items()):
         rng = np.random.default_rng((seed, number))
-        steps = [1 + i % STEPS for i in range(count)]
-        drawn[split] = [draw_graph(rng, int(rng.integers(2 + 2 * k, nodes + 1)), k) for k in steps]
+        steps = [1 + i%STEPS for i in range(count)]
+        drawn[split] = [draw_graph(rng, int(rng.integers(2 + 2*k, nodes + 1)), k) for k in steps]
     return drawn
