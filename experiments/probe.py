@@ -16,7 +16,8 @@ accuracy printed beside the clean one's:
     image          the next row's image, with the row's own question: do the answers need the image?
     drop_last_K    the last K thoughts are 0; drop_last_k for every K
     early_K        every row is given K thoughts, early for every K below n: a model that still
-                   knows earlier stages then writes the steps that are missing, so read the tokens
+                   knows earlier stages then writes the steps that are missing, so read the tokens.
+                   `arrives`: shares of the rows whose answer names where step 1, 2, ... leads
     all            all of these
     patch_K        thought K is thought K of the nearest row below whose step there arrives
                    elsewhere; patch for every K. Only for rows with a map (`edges`, one way out of
@@ -246,6 +247,17 @@ def outcomes(answers, predicted, own):
     shares = {kind: kinds[kind] / kinds['rows_predicted'] for kind in ('predicted', 'old')}
     shares['neither'] = 1 - shares['predicted'] - shares['old']
     return dict(shares, rows_predicted=kinds['rows_predicted'])
+
+
+def arrivals(answers, rows):
+    """For step 1, 2, ... of the longest row the share of answers that name the place where it
+    arrives: how far a chain was followed, whatever was asked."""
+    chains = [places_of(row) for row in rows]
+    counts = [0] * max(map(len, chains))
+    for found, chain in zip(answers, chains):
+        for j, place in enumerate(chain):
+            counts[j] += says(found, place)
+    return [count / len(rows) for count in counts]
 
 
 def path_kind(row, text, hidden):
@@ -579,7 +591,7 @@ if __name__ == '__main__':
     next_row = (torch.arange(len(rows)) + 1) % len(rows)
     for name in expand(intervene, n):
         asked, change, text, predicted, context = rows, None, {}, None, nullcontext()
-        lacking = '' if n or name == 'image' else 'thoughts'
+        lacking = '' if n or name == 'image' or name.startswith('early_') else 'thoughts'
         if name in ('image', 'transplant'):
             asked = with_other_images(rows)
             asked = asked and fitting_rows(split, stage, asked, **row_knobs)
@@ -613,6 +625,11 @@ if __name__ == '__main__':
               f'rows {lost} are right only when clean, {won} only when changed, McNemar p = '
               f'{p:.2g}', flush=True)
         more = {}
+        if name.startswith('early_') and all(own):
+            more['arrives'] = arrivals(answers, asked)
+            shares = ' '.join(f'{100 * share:.1f}' for share in more['arrives'])
+            print(f'{"":>{len(split)}}  {name:<12} names where step 1, 2, ... leads in {shares} %',
+                  flush=True)
         if predicted and all(own):
             more = outcomes(answers, predicted, own)
             if more:
