@@ -567,9 +567,14 @@ if __name__ == '__main__':
     n = int(counts.max())
     thoughts = torch.zeros(len(rows), n, model.config.hidden_size)
     if n:
-        answers_to(rows, record(thoughts), new_tokens=1, raw=True)
-        thoughts *= (torch.arange(n) < counts[:, None])[..., None]
+        answers_to(rows, record(thoughts), new_tokens=1)
+        there = (torch.arange(n) < counts[:, None])[..., None]                  # [R, n, 1]
+        thoughts *= there
         read_out = thoughts
+        if own_edit:  # what pause tokens' places hold is read, what they are fed is exchanged
+            read_out = torch.zeros_like(thoughts)
+            answers_to(rows, record(read_out), new_tokens=1, raw=True)
+            read_out *= there
     elif knobs['mode'] == 'no_thoughts' and stage:
         places = min(stage, knobs['max_latent_stage']) * knobs['c_thought']
         read_out = last_places(rows, places)
