@@ -22,12 +22,15 @@ accuracy printed beside the clean one's:
     patch_K        thought K is thought K of the nearest row below whose step there arrives
                    elsewhere; patch for every K. Only for rows with a map (`edges`, one way out of
                    each place): it predicts the answer, the chain continued on the row's own map
+    same_K         the control: thought K of the nearest row below whose step there arrives at the
+                   same place; same for every K. It predicts the row's own answer
     transplant     the next row's image, with the row's own thoughts
     blind          nothing behind the last thought sees the image: only thoughts and text are left
 
 A thought that can be replaced without loss carries nothing. Where a change predicts an answer
-(swap: the donor's; transplant: the row's own; patch_K: see there) the record also has `predicted`,
-`old` and `neither`: shares of the rows that write the predicted answer, the right one, another.
+(swap: the donor's; image: where that leads; transplant: the row's own; patch_K and same_K: see
+there) the record also has `predicted`, `old` and `neither`: shares of the rows that write the
+predicted answer, the right one, another.
 --compare names the out_dirs of other runs over the same rows, separated by commas: McNemar's exact
 test asks whether the rows that only one of two runs has right fall to either side as a fair coin
 does.
@@ -64,7 +67,7 @@ device = 'auto'                 # 'auto', 'cpu', 'cuda', 'mps'
 dtype = 'auto'                  # 'auto', 'float32', 'bfloat16' (autocast)
 threads = 0                     # CPU threads; 0 for torch's choice
 
-FORM = re.compile(r'zero|noise|mean|swap|image|transplant|blind|(drop_last|early|patch)_(\d+)')
+FORM = re.compile(r'zero|noise|mean|swap|image|transplant|blind|(drop_last|early|patch|same)_(\d+)')
 
 
 # --- interventions --------------------------------------------------------------------------------
@@ -77,12 +80,13 @@ def expand(intervene, n=0):
     names = [one for name in names for one in every.get(name, [name])]
     every = dict(drop_last_k=[f'drop_last_{k}' for k in range(1, n + 1)],
                  early=[f'early_{k}' for k in range(n)],
-                 patch=[f'patch_{k}' for k in range(1, n + 1)])
+                 patch=[f'patch_{k}' for k in range(1, n + 1)],
+                 same=[f'same_{k}' for k in range(1, n + 1)])
     for name in names:
         if name not in every and not FORM.fullmatch(name):
             raise ValueError(f'intervene={name!r}: expected zero, noise, mean, swap, image, '
                              'drop_last_3, drop_last_k, early_3, early, patch_3, patch, '
-                             'transplant, blind or all')
+                             'same_3, same, transplant, blind or all')
     return [one for name in names for one in every.get(name, [name])]
 
 
@@ -112,7 +116,8 @@ def replace(name, thoughts, donors=None):
     count = has_thought.sum(1)                                                  # [R]
     mean = thoughts.sum(0) / has_thought.sum(0).clamp(min=1)[:, None]           # [n, D]
     dropped = n if name == 'zero' else number_of(name, 'drop_last')
-    only = number_of(name, 'patch')  # the one thought that is replaced; 0 for every one
+    # the one thought that is replaced; 0 for every one
+    only = number_of(name, 'patch') or number_of(name, 'same')
     donors = (torch.arange(R) + 1) % max(R, 1) if donors is None else donors
 
     def noise_like(k, thought, places):
@@ -148,8 +153,8 @@ def with_other_images(rows):
     """Each row with the image of the next one that has an image of its own; rows without an image
     are left out."""
     rows = [row for row in rows if row.get('image')]
-    keys = ('image', 'image_size', 'image_hash')
-    return [{**row, **{key: other[key] for key in keys}}
+    keys = ('image', 'image_size', 'image_hash', 'edges')
+    return [{**row, **{key: other[key] for key in keys if key in other}}
             for row, other in zip(rows, rows[1:] + rows[:1])]
 
 
@@ -206,20 +211,21 @@ def continued(row, step, place):
     return place
 
 
-def patches(rows, step):
-    """For each row a donor, the nearest row below whose chain is elsewhere after this step, and the
-    answer that this predicts: (int64 [R], R answers). None where a row has no donor or no map, or
-    where that chain ends at the same place."""
+def patches(rows, step, same=False):
+    """For each row a donor, the nearest row below whose chain is elsewhere after this step, or if
+    same at the same place, and the answer that this predicts: (int64 [R], R answers). None where a
+    row has no donor or no map, or where the chain from elsewhere ends at the same place."""
     donors, predicted = [], []
     for i, row in enumerate(rows):
         donor, answer = i, None
         for j in range(1, len(rows)):
-            other = places_of(rows[(i + j) % len(rows)])
-            if len(other) < step or len(places_of(row)) < step:
+            own, other = places_of(row), places_of(rows[(i + j) % len(rows)])
+            if min(len(own), len(other)) < step:
                 continue
             end = continued(row, step, other[step - 1])
-            if other[step - 1] != places_of(row)[step - 1] and end not in (None,
-                                                                           places_of(row)[-1]):
+            elsewhere = other[step - 1] != own[step - 1] and end != own[-1]
+            at_own = other[step - 1] == own[step - 1] and end == own[-1]
+            if end is not None and (at_own if same else elsewhere):
                 donor, answer = (i + j) % len(rows), end
                 break
         donors.append(donor)
@@ -602,9 +608,10 @@ if __name__ == '__main__':
             asked = asked and fitting_rows(split, stage, asked, **row_knobs)
             if not asked or (name == 'transplant' and len(asked) < len(rows)):
                 lacking = 'image'
-        if name.startswith('patch_') and n:
-            step = math.ceil(number_of(name, 'patch') / knobs['c_thought'])
-            donors, predicted = patches(rows, step)
+        if name.startswith(('patch_', 'same_')) and n:
+            kind, number = name.split('_')
+            step = math.ceil(int(number) / knobs['c_thought'])
+            donors, predicted = patches(rows, step, kind == 'same')
             change = replace(name, thoughts, donors)
             if not any(predicted):
                 lacking = 'map (edges and results) that leads on from another place'
@@ -614,6 +621,9 @@ if __name__ == '__main__':
             change, predicted = replace(name, thoughts, torch.arange(len(rows))), own
         elif name == 'blind':
             change, context = record(thoughts.clone()), hidden_image(model)
+        elif name == 'image' and len(asked) == len(rows):
+            places = [re.findall(r'\w+', row['question'])[-1:] or [''] for row in asked]
+            predicted = [continued(row, 0, place) for row, (place,) in zip(asked, places)]
         elif name != 'image':
             change = replace(name, thoughts)
             predicted = [own[i] for i in next_row] if name == 'swap' else None

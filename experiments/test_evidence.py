@@ -4,6 +4,7 @@ one another way of following the map gives, and that changed runs are cut off fr
 to be cut off from.
 """
 import io
+import json
 import os
 import sys
 
@@ -14,7 +15,7 @@ from PIL import Image
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from experiments import probe, toy  # noqa: E402
-from test_model import make_batch, tiny_model, without_labels  # noqa: E402
+from test_model import make_batch, script, tiny_model, without_labels  # noqa: E402
 
 
 def map_shown(png):
@@ -53,6 +54,27 @@ def test_a_predicted_answer_is_where_the_image_leads():
                 if room != row['results'][step - 1] and last != row['results'][-1]:
                     break
             assert (donor, end) == (j % len(rows), last)
+
+
+def test_the_control_of_a_patch_is_at_the_same_place():
+    """Another row's thought at the row's own room: nothing but that room is in common, and the own
+    answer is predicted."""
+    rows = toy.draw(dict(test=60), 5)['test']
+    for step in (1, 4):
+        donors, predicted = probe.patches(rows, step, same=True)
+        for i, (row, donor, end) in enumerate(zip(rows, donors.tolist(), predicted)):
+            below = [(i + j) % len(rows) for j in range(1, len(rows))]
+            room = row['results'][step - 1]
+            assert donor == next(j for j in below if rows[j]['results'][step - 1] == room)
+            assert end == row['results'][-1]
+
+
+def test_another_image_comes_with_its_map():
+    rows = toy.draw(dict(test=5), 5)['test']
+    rows = [dict(row, image_size=[84, 84], image_hash='') for row in rows]
+    for row, other, asked in zip(rows, rows[1:] + rows[:1], probe.with_other_images(rows)):
+        assert asked['question'] == row['question']
+        assert dict(asked['edges']) == map_shown(asked['image']) == dict(other['edges'])
 
 
 def test_where_a_chain_was_left():
@@ -128,3 +150,25 @@ def test_a_blind_answer_has_the_thoughts_and_no_image():
             blind = [model(**one, edit_thought=edit).logits[0, written] for one in (batch, other)]
     assert (seen[0] - seen[1]).abs().amax() > 1e-3
     assert torch.equal(blind[0], blind[1])
+
+
+def test_of_pause_tokens_the_places_are_read_and_what_they_are_fed_is_exchanged(tmp_path):
+    """Every row is fed the same pause, so that another row's changes no answer, also where weights
+    are large and any change of a thought would; what the places hold differs from row to row."""
+    knobs = ['config/toy.py', f'--data_dir={tmp_path}/data']
+    script('prepare.py', *knobs, '--train_rows=16', '--val_rows=17', '--test_rows=17')
+    script('train.py', *knobs, f'--out_dir={tmp_path}/out', '--mode=pause', '--batch_size=16',
+           '--max_latent_stage=1', '--epochs_stage0=1', '--epochs_per_stage=1', '--num_workers=0')
+    saved = torch.load(tmp_path / 'out' / 'best.pt', weights_only=True)
+    for name, weight in saved['model'].items():
+        if weight.dim() == 2 and 'layers' in name:
+            weight *= 3
+    torch.save(saved, tmp_path / 'loud.pt')
+    script('experiments/probe.py', f'--ckpt={tmp_path}/loud.pt', '--intervene=swap,zero')
+    records = json.loads((tmp_path / 'probe_test.json').read_text())
+    found = {one['name']: one for one in records}
+    assert found['swap']['only_clean'] == found['swap']['only_changed'] == 0
+    assert found['swap']['tokens_per_answer'] == found['clean']['tokens_per_answer']
+    assert found['zero']['tokens_per_answer'] != found['clean']['tokens_per_answer']
+    for thought in json.loads((tmp_path / 'thoughts_test.json').read_text()):
+        assert thought['cosine_rows'] < 0.999
