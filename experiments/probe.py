@@ -657,7 +657,7 @@ if __name__ == '__main__':
                 more['p_predicted'] = pair(after, before)[2]
                 print(f'{"":>{len(split)}}  {name:<12} of {more["rows_predicted"]} rows '
                       f'{100 * more["predicted"]:.1f} % write what is predicted, '
-                      f'{100 * more["old"]:.1f} % what they wrote before, '
+                      f'{100 * more["old"]:.1f} % the right answer, '
                       f'{100 * more["neither"]:.1f} % neither; McNemar against the clean answers '
                       f'p = {more["p_predicted"]:.2g}', flush=True)
         if name.startswith('early_') and all('edges' in row and not row.get('choices')
