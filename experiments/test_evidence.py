@@ -5,17 +5,14 @@ to be cut off from.
 """
 import io
 import json
-import os
-import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from experiments import probe, toy  # noqa: E402
-from test_model import make_batch, script, tiny_model, without_labels  # noqa: E402
+from experiments import probe, toy
+from test_model import make_batch, script, tiny_model, without_labels
 
 
 def map_shown(png):
@@ -67,6 +64,12 @@ def test_the_control_of_a_patch_is_at_the_same_place():
             room = row['results'][step - 1]
             assert donor == next(j for j in below if rows[j]['results'][step - 1] == room)
             assert end == row['results'][-1]
+
+
+def test_the_control_is_named():
+    assert probe.expand('same,patch_2', 2) == ['same_1', 'same_2', 'patch_2']
+    with pytest.raises(ValueError, match='same_3, same'):
+        probe.expand('same_')
 
 
 def test_another_image_comes_with_its_map():
