@@ -43,7 +43,7 @@ from model import END_IMG, END_LATENT, IMG, IMG_CONTEXT, LATENT, SPECIAL_TOKENS,
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
 
 # --- knobs of the command -------------------------------------------------------------------------
-dataset = 'HuggingFaceM4/A-OKVQA'  # hub id, parquet folder, .jsonl, .json; 'toy', 'prosqa' draw
+dataset = 'HuggingFaceM4/A-OKVQA'  # hub id, parquet folder, .jsonl, .json; or drawn, see below
 data_dir = 'data/aokvqa'           # the prepared folder
 init_from = 'OpenGVLab/InternVL3-1B-Pretrained'  # or 'scratch': a tokenizer is trained
 steps_from = 'first'               # 'first' rationale, cut into steps, or 'all', each a step
@@ -51,10 +51,10 @@ max_latent_stage = 4               # a rationale of one sentence is cut into so 
 image_size = 448                   # side of a tile in pixels
 max_tiles = 8                      # without the thumbnail
 cache_tiles = True                 # tiles as uint8 on disk; False cuts them while training
-train_rows = 8192                  # rows of each split, where the data set is drawn
+train_rows = 8192                  # of each split, where dataset is 'toy', 'words' or 'prosqa'
 val_rows = 500
 test_rows = 500
-hops = 4                           # doors to follow in 'toy'
+hops = 4                           # doors to follow in 'toy' and 'words'
 nodes = 23                         # of a graph in 'prosqa'
 seed = 1337
 # --- how a row becomes text: train.py has the same knobs, here the tokenizer sees what they make
@@ -1427,12 +1427,14 @@ if __name__ == '__main__':
     except OSError as error:
         raise OSError(f'data_dir={data_dir!r} cannot be a folder ({error.strerror}): give '
                       'another') from None
-    if dataset in ('toy', 'prosqa'):
+    if dataset in ('toy', 'words', 'prosqa'):
         from experiments import toy
         counts = dict(train=train_rows, validation=val_rows, test=test_rows)
         folders = []
         if dataset == 'toy':
             raw = toy.draw(counts, seed, hops)
+        elif dataset == 'words':
+            raw = toy.draw_words(counts, seed, hops)
         else:
             raw = toy.draw_graphs(counts, seed, nodes)
     else:

@@ -1370,3 +1370,21 @@ def test_our_graphs_have_no_such_shortcut(tmp_path):
     assert len(shares) == 3
     assert all(44 < share < 56 for share in shares)
     assert 'give one file' in script('experiments/shortcuts.py', fails=True)
+
+
+def test_a_patched_chain_is_drawn(tmp_path):
+    row = dict(question='Three doors from red?', edges=MAP, results=['blue', 'pink', 'black'])
+    path = tmp_path / 'patch.png'
+    for image in (None, Image.new('RGB', (84, 84))):
+        probe.draw_patch(str(path), row, 3, 1, 'white', 'black A', '$red$ B', image)
+        assert Image.open(path).size[0] > 800
+
+
+def test_the_chain_in_words_says_its_map():
+    for row in toy.draw_words(dict(train=5), 0, hops=3)['train']:
+        facts = dict(re.findall(r'(\w+) leads to (\w+)\.', row['question']))
+        place = re.search(r'Three doors from (\w+)\?', row['question'])[1]
+        for step in row['steps']:
+            place = facts[place]
+            assert step == place
+        assert row['answer'] == place
