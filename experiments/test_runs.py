@@ -1388,3 +1388,36 @@ def test_the_chain_in_words_says_its_map():
             place = facts[place]
             assert step == place
         assert row['answer'] == place
+
+
+# --------------------------------------------------------------------------------------------------
+# teaching a thought its step
+
+def test_what_a_thought_is_taught(loaded):
+    """The first of a step's thoughts, the result's first token as the step writes it."""
+    _, _, tokenizer = loaded
+    token = tokenizer.convert_tokens_to_ids
+    row = dict(steps=['b', 'it is d'], results=['b', 'd'])
+    assert prepare.thought_targets(row, tokenizer, 4, 2) == [token('b'), -100, token('Ġ'), -100]
+    assert prepare.thought_targets(row, tokenizer, 1, 1) == [token('b')]
+    assert prepare.thought_targets(dict(steps=['x.']), tokenizer, 3, 1) == [token('x'), -100, -100]
+    assert prepare.thought_targets({}, tokenizer, 2, 1) == [-100, -100]
+    assert prepare.thought_targets(row, tokenizer, 0, 2) == []
+
+
+def test_taught_thoughts_get_a_gradient_of_their_own(run):
+    """Another run than without, the same to rounding in micro-batches; the logged loss stays that
+    of the words."""
+    top, _ = run
+    args = [*TOY, f'--data_dir={top}/data', '--teach_thoughts=10', '--uniform_prob=0.5']
+    norms = {}
+    for name, more in (('taught', []), ('taught_micro', ['--micro_batch_size=4']),
+                       ('untaught', ['--teach_thoughts=0'])):
+        script('train.py', *args, *more, f'--out_dir={top}/{name}')
+        logged = events(top / name, 'train')
+        norms[name] = [(event['loss'], event['grad_norm']) for event in logged]
+    whole, micro, without = (np.array(norms[name]) for name in norms)
+    assert np.allclose(whole, micro, rtol=2e-3)
+    assert (whole[:3] == without[:3]).all()  # stage 0 has no thoughts
+    assert (whole[3:, 1] > 1.2 * without[3:, 1]).all()
+    assert np.allclose(whole[3, 0], without[3, 0], rtol=1e-5)
