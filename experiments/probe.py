@@ -48,8 +48,8 @@ import torch.nn.functional as F
 
 from configurator import configure
 from model import load_checkpoint
-from prepare import Rows, digest, fitting_rows, frame_of, load_image, read_split, replacing
-from prepare import split_file
+from prepare import LETTERS, Rows, digest, fitting_rows, frame_of, load_image, read_split
+from prepare import replacing, split_file
 from sample import ask, describe, pick_device, pick_dtype, summarize
 
 # --- knobs ----------------------------------------------------------------------------------------
@@ -466,14 +466,18 @@ def draw_patch(path, row, number, step, place, before, after, image=None):
             axis.text(x, y - 0.42, literal(name), ha='center', fontsize=9)
             if x > first:
                 axis.annotate('', (x - 0.2, y), (x - 0.8, y), arrowprops=dict(arrowstyle='->'))
-    axis.annotate('', (step - 0.15, 0.25), (step - 0.85, 0.8),
-                  arrowprops=dict(arrowstyle='->', ls='--', color='tab:red'))
+    axis.annotate('', (step, 0.27), (step, 0.5),
+                  arrowprops=dict(arrowstyle='->', lw=2, color='tab:red'))
     end = len(chain) - 0.6
     axis.text(end, 1, f'written: {literal(before)!r}', va='center', fontsize=9)
     axis.text(end, 0, f'written: {literal(after)!r}', va='center', fontsize=9, color='tab:red')
-    axis.text(step - 1.1, 0, f'thought {number} of\nanother row', va='center', ha='center',
+    other = 'image' if image else 'row'
+    axis.text(step - 0.25, 0, f'thought {number}\nof another\n{other}', va='center', ha='right',
               fontsize=9, color='tab:red')
-    axis.set(xlim=(-0.5, len(chain) + 1), ylim=(-0.7, 1.5), title=literal(row['question'][-60:]))
+    options = [f'{letter} {option}' for letter, option in zip(LETTERS, row.get('choices') or ())]
+    title = '     '.join([row['question'][-60:], *options])
+    axis.set(xlim=(-0.5, len(chain) + 1), ylim=(-0.7, 1.5))
+    axis.set_title(literal(title), fontsize=10)
     axis.axis('off')
     save(figure, path)
 
