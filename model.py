@@ -2,15 +2,13 @@
 MultiCoCo's model: InternVL3 that reasons in continuous thoughts. One image, one question, one
 forward:
 
-    uint8 tiles -> InternViT (timm) -> pixel shuffle -> projector \\
-                                                                   fuse -> think -> hidden states ->
-                                                                   head
-    token ids   -> embedding ------------------------------------ /
+    uint8 tiles -> InternViT (timm) -> pixel shuffle -> projector --.
+    token ids -> embedding ----------------------------------------- fuse -> think -> head
 
 `think` is Coconut's latent loop: the embedding of a thought is the hidden state just before it.
 
 Sources: Coconut (arXiv 2412.06769), InternVL3 (arXiv 2504.10479), Qwen2 (arXiv 2407.10671).
-Notation: B rows, T tokens a row, L tokens of one pass, S slots (see `lay_out`), D width, H heads, K
+Notation: B rows, T tokens a row, L tokens of one pass, S slots (see `lay_out`), D width, K
 key/value heads, V vocabulary, n thoughts, P tiles, N visual tokens a tile. State-dict names are
 OpenGVLab's, and timm's inside the vision tower.
 
@@ -64,9 +62,10 @@ def load_tokenizer(name_or_path):
 
 
 def read_tokenizer(folder):
-    """From the tokenizer's own files alone, tokenizer.json or Qwen2's vocab.json and merges.txt.
-    config.json and tokenizer_config.json may name code of the folder, which transformers' Auto
-    classes would ask to run."""
+    """From tokenizer.json, or Qwen2's vocab.json and merges.txt. The class goes by which files are
+    there, not by config.json or tokenizer_config.json: these may name code of the folder, which
+    transformers' Auto classes would ask to run. The end token and the chat template come from
+    tokenizer_config.json."""
     files = os.listdir(folder)
     if 'tokenizer.json' in files:
         kind = transformers.PreTrainedTokenizerFast
@@ -140,8 +139,8 @@ class Config:
 
 
 def rotary(position, head_dim, theta):
-    """RoPE's cos and sin, float32 [B, 1, L, head_dim], of positions [B, L]; sin is minus in its
-    first half."""
+    """RoPE's cos and sin, float32 [B, 1, L, head_dim], of positions [B, L]. The first half of sin
+    is negated, which is all that `rotate` needs besides a roll."""
     channel = torch.arange(0, head_dim, 2, device=position.device, dtype=torch.float32)
     frequency = theta ** -(channel / head_dim)
     angle = position[:, None, :, None].float() * frequency
@@ -169,10 +168,11 @@ class Attention(nn.Module):
             self.q_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps)
             self.k_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps)
 
-    def forward(self, x, cos, sin, mask, past, slot=None):
-        """x [B, L, D]. past: this layer's keys and values so far. Without `slot` two tuples of
-        earlier passes' parts, which autograd keeps as they are; with it two tensors [B, K, slots,
-        head_dim] that are written in place at `slot` [1]. Gives y [B, L, D] and this pass's keys
+    def forward(self, x, cos, sin, mask, past, write_at=None):
+        """x [B, L, D]. past: this layer's earlier keys and values, in one of two forms. In `think`
+        (no write_at) two tuples with one tensor an earlier pass: autograd needs them as they are,
+        so they are concatenated. In `generate` two tensors [B, K, S + max_new_tokens, head_dim],
+        written in place at the column write_at, int64 [1]. Gives y [B, L, D] and this pass's keys
         and values [B, K, L, head_dim]."""
         q = rearrange(self.q_proj(x), 'b l (h d) -> b h l d', d=self.head_dim)
         k = rearrange(self.k_proj(x), 'b l (h d) -> b h l d', d=self.head_dim)
@@ -182,10 +182,11 @@ class Attention(nn.Module):
         q = rotate(q, cos, sin).to(v.dtype)  # under autocast the norms give float32
         k = rotate(k, cos, sin).to(v.dtype)
         past_keys, past_values = past
-        if slot is None:
+        if write_at is None:
             keys, values = torch.cat((*past_keys, k), 2), torch.cat((*past_values, v), 2)
         else:
-            keys, values = past_keys.index_copy_(2, slot, k), past_values.index_copy_(2, slot, v)
+            keys = past_keys.index_copy_(2, write_at, k)
+            values = past_values.index_copy_(2, write_at, v)
         if mask is None:  # the first pass: no past, so plain causal attention
             y = F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=True)
         else:
@@ -217,15 +218,16 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x, cos, sin, mask, past, real_slots=None, slot=None):
-        """As Attention's. real_slots [M], where given: only these of the B * L slots go through the
-        MLP."""
-        y, k, v = self.self_attn(self.input_layernorm(x), cos, sin, mask, past, slot)
+    def forward(self, x, cos, sin, mask, past, real_slots=None, write_at=None):
+        """As Attention's. real_slots: flat indices of the B * L places that hold a token (see
+        `Layout`), which alone go through the MLP; None for all."""
+        y, k, v = self.self_attn(self.input_layernorm(x), cos, sin, mask, past, write_at)
         x = x + y
         h = self.post_attention_layernorm(x)
         if real_slots is None:
             return x + self.mlp(h), k, v
-        y = self.mlp(h.flatten(0, 1)[real_slots]).to(x.dtype)                   # [real slots, D]
+        # [real slots, D]; index_add needs one dtype, autocast gives another
+        y = self.mlp(h.flatten(0, 1)[real_slots]).to(x.dtype)
         return x.flatten(0, 1).index_add(0, real_slots, y).view_as(x), k, v
 
 
@@ -244,7 +246,7 @@ class LanguageModel(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
 
-# --- where a token stands: the only bookkeeping of the latent loop --------------------------------
+# --- where a token stands: the bookkeeping of the latent loop -------------------------------------
 # the position of an empty slot: greater than that of any token, so that none sees it
 PADDING = 2**30
 
@@ -252,26 +254,20 @@ PADDING = 2**30
 class Layout(NamedTuple):
     slot: torch.Tensor         # int64 [B, T]: the slot of each token, 0 for padding
     ids: torch.Tensor          # int64 [B, S]: the token in each slot
-    # int64 [B, S]: its position in its row, PADDING where a slot is empty
-    position: torch.Tensor
-    # int64 [B, n + 1]: tokens of each row in each chunk, 0 without that thought
-    length: torch.Tensor
-    # n + 1 ints: slots of each chunk, as many as its longest row has tokens
-    widths: list
-    # n + 1: which of a chunk's B * width slots hold tokens; None where most do
-    real_slots: list
-    # int64 [P * N]: which of the B * S slots hold <IMG_CONTEXT>, in row order
-    image_slots: torch.Tensor
+    position: torch.Tensor     # int64 [B, S]: its position in its row, PADDING in an empty slot
+    length: torch.Tensor       # int64 [B, n + 1]: a row's tokens in chunk k, 0 without thought k
+    widths: list               # n + 1 ints: slots of a chunk, the most tokens a row has in it
+    real_slots: list           # n + 1: which of B * width slots hold tokens; None where most do
+    image_slots: torch.Tensor  # int64 [P * N]: which of B * S slots hold <IMG_CONTEXT>, row by row
     image_tokens: list         # B ints: <IMG_CONTEXT> tokens of each row
-    # three int64: row and slot before each supervised token, and that token
-    targets: tuple
+    targets: tuple             # row and slot before each supervised token, and that token, int64
 
 
 def lay_out(input_ids, attention_mask, config, labels=None, device=None):
     """Cuts every row at its own thoughts and gives each token a slot, chunk behind chunk, so that
     chunk k of all rows is one range of columns. Chunk 0 is a row up to its first thought, chunk k
-    runs from thought k to just before thought k + 1; <|start-latent|> ends as a p, <|end-latent|>
-    begins as an a:
+    runs from thought k to just before thought k + 1. <|start-latent|> is the last p, <|end-latent|>
+    the first a:
 
         row 0:  p p p p p p | t1 | t2 a a a              p prompt or visual token
         row 1:  p p p       | t1 | t2       | t3 a a     t thought    a marker or answer token
@@ -280,20 +276,21 @@ def lay_out(input_ids, attention_mask, config, labels=None, device=None):
 
     Row 1 leaves slots 3 4 5 and 8 9 10 empty, row 0 leaves 11 12 13.
 
-    Done on the host, where the lengths are needed anyway: all that depends on values is asked here,
-    once. Inputs that are still on the host spare the wait for the device."""
+    Runs on the CPU: every size that depends on values is found here, once, so that nothing later
+    waits for the GPU. Inputs that are on the CPU spare even this wait."""
     device = device or input_ids.device
     ids = input_ids.cpu()
     B, T = ids.shape
     real = torch.ones_like(ids).bool() if attention_mask is None else attention_mask.cpu().bool()
     check_rows(ids, real, config)
-    chunk = ((ids == config.latent_token_id) & real).cumsum(1)                  # [B, T]
-    length = torch.zeros(B, int(chunk.max()) + 1, dtype=torch.long)
-    length.scatter_add_(1, chunk, real.long())                                  # [B, n + 1]
+    chunk_of = ((ids == config.latent_token_id) & real).cumsum(1)               # [B, T]
+    length = torch.zeros(B, int(chunk_of.max()) + 1, dtype=torch.long)
+    length.scatter_add_(1, chunk_of, real.long())                               # [B, n + 1]
     widths = length.max(0).values                                               # [n + 1]
-    first_slot = widths.cumsum(0) - widths                                      # [n + 1]
-    first_position = length.cumsum(1) - length                                  # [B, n + 1]
-    slot = first_slot[chunk] + torch.arange(T) - first_position.gather(1, chunk)
+    chunk_slot = widths.cumsum(0) - widths          # [n + 1]: each chunk's first slot
+    chunk_column = length.cumsum(1) - length        # [B, n + 1]: the column where it begins in ids
+    # a token's slot: its chunk's first one, and its distance from where its chunk begins
+    slot = chunk_slot[chunk_of] + torch.arange(T) - chunk_column.gather(1, chunk_of)
     slot = torch.where(real, slot, 0)                                           # [B, T]
     row, column = real.nonzero(as_tuple=True)
     S = int(widths.sum())
@@ -305,7 +302,7 @@ def lay_out(input_ids, attention_mask, config, labels=None, device=None):
     real_slots = []
     for k, width in enumerate(widths.tolist()):
         is_real = torch.arange(width) < length[:, k, None]                      # [B, width]
-        # above 0.9, leaving the others out costs more than it saves
+        # above 0.9, as measured on a CPU, leaving the others out costs more than it saves
         mostly = is_real.float().mean() > 0.9
         real_slots.append(None if mostly else is_real.flatten().nonzero()[:, 0].to(device))
     targets = ()
@@ -343,11 +340,9 @@ def check_rows(ids, real, config):
 # --- the whole model ------------------------------------------------------------------------------
 
 class Output(NamedTuple):
-    # float32 scalar, mean over supervised tokens; None without labels
-    loss: Optional[torch.Tensor]
+    loss: Optional[torch.Tensor]    # float32, mean over supervised tokens; None without labels
     logits: Optional[torch.Tensor]  # [B, T, V]; None with labels
-    # [B, n, D], the vectors fed back, 0 where a row has fewer than n
-    thoughts: torch.Tensor
+    thoughts: torch.Tensor          # [B, n, D], the vectors fed back, 0 where a row has fewer
 
 
 class MultiCoCo(nn.Module):
@@ -378,7 +373,7 @@ class MultiCoCo(nn.Module):
     def init_weights(self):
         """From scratch. Embeddings and the final norm have scale 0.35, so that a thought has the
         scale of an embedding; with a tied head 64 wide, as in config/toy.py, logits start near
-        scale 1."""
+        scale 1 (0.35 * 0.35 * sqrt(64))."""
         c = self.config
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -418,14 +413,13 @@ class MultiCoCo(nn.Module):
             mean = torch.tensor(IMAGE_MEAN)[:, None, None].to(weight.device, non_blocking=True)
             std = torch.tensor(IMAGE_STD)[:, None, None].to(weight.device, non_blocking=True)
             pixel_values = pixel_values.float().div_(255).sub_(mean).div_(std)
-        # [P, 1 + patches, C]
+        # [P, 1 + patches, vision width]
         x = self.vision_model.forward_features(pixel_values.to(weight.dtype))
         p = round(1 / c.downsample_ratio)
-        shuffle = {'v2': 'b (h p w q) c -> b (h w) (p q c)',
-                   'v1': 'b (h p w q) c -> b (w h) (p q c)'}
-        x = rearrange(x[:, 1:], shuffle[c.ps_version], h=side // c.patch_size // p, p=p, q=p)
-        # from [P, N, C * p * q]
-        return self.mlp1(x)
+        grid = '(h w)' if c.ps_version == 'v2' else '(w h)'
+        x = rearrange(x[:, 1:], f'b (h p w q) c -> b {grid} (p q c)', h=side // c.patch_size // p,
+                      p=p, q=p)
+        return self.mlp1(x)                                     # [P, N, p * q * vision width]
 
     def embed_text(self, ids):
         return self.language_model.model.embed_tokens(ids)
@@ -446,13 +440,16 @@ class MultiCoCo(nn.Module):
             if len(keep) != P:
                 raise ValueError(f'image_flags has {len(keep)} entries for {P} tiles: give one a '
                                  'tile')
-            # num_tiles may count the tiles that are dropped here
+            # num_tiles may count all tiles or only those that are kept: a sum of P means all
             if num_tiles is not None and int(num_tiles.sum()) == P:
                 num_tiles = torch.stack([part.sum() for part in keep.split(num_tiles.tolist())])
             pixel_values, P = pixel_values[keep], int(keep.sum())
         tiles = [count // N for count in layout.image_tokens]
         if num_tiles is not None:
             tiles = num_tiles.tolist()
+        if len(tiles) != len(layout.image_tokens):
+            raise ValueError(f'num_tiles has {len(tiles)} entries for {len(layout.image_tokens)} '
+                             'rows: give one a row')
         used = 0  # tiles up to this row: they have to end at exactly P
         for b, (count, row_tiles) in enumerate(zip(layout.image_tokens, tiles)):
             used += row_tiles
@@ -460,7 +457,8 @@ class MultiCoCo(nn.Module):
                 raise ValueError(f'row {b} holds {count} {IMG_CONTEXT} tokens, but its {row_tiles} '
                                  f'tiles give {row_tiles * N} visual tokens ({N} a tile): encode '
                                  'text and tiles together')
-            if used > P or (used < P and b == len(tiles) - 1):
+            is_last = b == len(tiles) - 1
+            if used > P or is_last and used < P:
                 raise ValueError(f'row {b} ends {used} tiles into the batch by its {count} '
                                  f'{IMG_CONTEXT} tokens, but pixel_values holds {P} tiles: encode '
                                  'text and tiles together')
@@ -469,19 +467,19 @@ class MultiCoCo(nn.Module):
             x = x.flatten(0, 1).index_copy(0, layout.image_slots, visual).view_as(x)
         return x
 
-    def decode(self, x, position, mask, cache, real_slots=None, slot=None):
+    def decode(self, x, position, mask, cache, real_slots=None, write_at=None):
         """One pass through the decoder: x [B, L, D] at position [B, L] to hidden states after the
         final norm [B, L, D]. cache: (keys, values) of each layer as Attention takes them; this
         pass's are added to it."""
         cos, sin = rotary(position, self.config.head_dim, self.config.rope_theta)
         for i, layer in enumerate(self.language_model.model.layers):
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x, k, v = torch.utils.checkpoint.checkpoint(
+                x, k, v = torch.utils.checkpoint.checkpoint(  # write_at has no gradient
                     layer, x, cos, sin, mask, cache[i], real_slots, use_reentrant=False,
                     preserve_rng_state=False)
             else:
-                x, k, v = layer(x, cos, sin, mask, cache[i], real_slots, slot)
-            if slot is None:
+                x, k, v = layer(x, cos, sin, mask, cache[i], real_slots, write_at)
+            if write_at is None:
                 keys, values = cache[i]
                 cache[i] = (*keys, k), (*values, v)
         return self.language_model.model.norm(x)
@@ -497,8 +495,8 @@ class MultiCoCo(nn.Module):
             stop = start + width
             position, chunk, mask = layout.position[:, start:stop], x[:, start:stop], None
             if k > 0:
-                last = (layout.length[:, k - 1] - 1).clamp(min=0)
-                thought = hidden[-1][rows, last]                                # [B, D]
+                last_index = (layout.length[:, k - 1] - 1).clamp(min=0)
+                thought = hidden[-1][rows, last_index]                          # [B, D]
                 if edit_thought is not None:
                     thought = edit_thought(k, thought)
                 has_thought = layout.length[:, k, None] > 0
@@ -516,14 +514,14 @@ class MultiCoCo(nn.Module):
                 num_tiles=None, image_flags=None, edit_thought=None):
         """
         input_ids       int64 [B, T], right-padded; a <|latent|> anywhere but first is a thought.
-                        Best left on the host, as are all others: what the device needs goes there
+                        All inputs are best left on the CPU: forward moves what the GPU needs
         pixel_values    uint8 or normalised float [P, 3, side, side]: all rows' tiles in row order
         attention_mask  [B, T], 1 for a token; None for no padding
         labels          int64 [B, T], -100 where unsupervised; only the others go through the head
         num_tiles       int64 [B], tiles of each row, for the check per row
         image_flags     [P], tiles flagged 0 are dropped before the ViT
-        edit_thought    see above
-        Gives an Output. Raises ValueError where the batch does not hold together.
+        edit_thought    see the class
+        Gives an Output. Raises ValueError where text, tiles and masks do not fit.
         """
         head = self.language_model.lm_head
         layout = lay_out(input_ids, attention_mask, self.config, labels, head.weight.device)
@@ -534,8 +532,8 @@ class MultiCoCo(nn.Module):
             return Output(None, head(hidden[rows, layout.slot]), thoughts)
         row, slot, target = layout.targets
         if not len(row):
-            raise ValueError('labels supervise no token of this batch: every row needs a target '
-                             'behind its prompt')
+            raise ValueError('labels supervise no token of this batch: rows need a target behind '
+                             'their prompt')
         logits = head(hidden[row, slot])                                        # [supervised, V]
         self.num_correct = (logits.detach().argmax(-1) == target).sum()
         return Output(F.cross_entropy(logits.float(), target), None, thoughts)
@@ -546,19 +544,20 @@ class MultiCoCo(nn.Module):
                  generator=None):
         """New tokens int64 [B, <= max_new_tokens], each row up to and with its end token, then
         padding. Greedy at temperature 0. Thoughts of the prompt run through the same loop as in
-        training. A <|latent|> that the model writes itself is fed the last hidden state too;
-        edit_thought is called for each new token, with k = n + its place among them, since which
-        rows wrote one is known on the device alone."""
+        training. A <|latent|> that the model writes itself is fed the last hidden state too:
+        edit_thought is then called after each new token but the last, with k = n + 1, n + 2, ...,
+        and what it gives counts in rows that wrote <|latent|> (to ask which is to wait for the
+        GPU)."""
         if not 0 <= temperature < math.inf or not 0 < top_p <= 1 or max_new_tokens < 1:
             raise ValueError(f'temperature={temperature}, top_p={top_p}, '
                              f'max_new_tokens={max_new_tokens}: expected temperature >= 0, 0 < '
                              'top_p <= 1 and max_new_tokens >= 1')
-        c, head = self.config, self.language_model.lm_head.weight
-        layout = lay_out(input_ids, attention_mask, c, None, head.device)
-        length, (B, S) = layout.length.sum(1), layout.ids.shape
-        if int(length.max()) + max_new_tokens > c.max_position_embeddings:
-            raise ValueError(f'{int(length.max())} prompt tokens and {max_new_tokens} new ones '
-                             f'exceed the model\'s {c.max_position_embeddings}: lower '
+        c, head_weight = self.config, self.language_model.lm_head.weight
+        layout = lay_out(input_ids, attention_mask, c, None, head_weight.device)
+        prompt_length, (B, S) = layout.length.sum(1), layout.ids.shape
+        if int(prompt_length.max()) + max_new_tokens > c.max_position_embeddings:
+            raise ValueError(f'{int(prompt_length.max())} prompt tokens and {max_new_tokens} new '
+                             f'ones exceed the model\'s {c.max_position_embeddings}: lower '
                              'max_new_tokens or shorten the prompt')
         x = self.fuse(layout, pixel_values, num_tiles, image_flags)
         hidden, thoughts, cache = self.think(x, layout, edit_thought)
@@ -568,17 +567,17 @@ class MultiCoCo(nn.Module):
                         F.pad(torch.cat(values, 2), (0, 0, 0, max_new_tokens)))
         key_position = F.pad(layout.position, (0, max_new_tokens), value=PADDING)
         rows, eos = torch.arange(B, device=x.device), torch.tensor(c.eos_token_ids, device=x.device)
-        last = hidden[rows, layout.slot[rows, length - 1]]                      # [B, D]
-        position, slot = length, torch.tensor([S], device=x.device)
+        last = hidden[rows, layout.slot[rows, prompt_length - 1]]               # [B, D]
+        position, write_at = prompt_length, torch.tensor([S], device=x.device)
         new = torch.full((B, max_new_tokens), c.pad_token_id, device=x.device)
         written, done = torch.zeros_like(rows), torch.zeros_like(rows, dtype=torch.bool)
-        compiled = 'step' in vars(self)  # it was replaced on this model, see `step`
+        compiled = 'step' in vars(self)  # by the caller, see `step`: shapes must not change,
         if compiled:
-            for keys, values in cache:  # a CUDA graph may write to them
+            for keys, values in cache:  # and CUDA graphs want fixed buffers
                 torch._dynamo.mark_static_address(keys, guard=False)
                 torch._dynamo.mark_static_address(values, guard=False)
         for i in range(max_new_tokens):
-            logits = (head @ last.T).T  # for few rows faster on CPUs than the other way round
+            logits = (head_weight @ last.T).T  # for few rows faster on CPUs than x @ W.T
             token = sample(logits.float(), temperature, top_p, generator)
             token = torch.where(done, c.pad_token_id, token)
             new[rows, i] = token
@@ -590,6 +589,7 @@ class MultiCoCo(nn.Module):
                 running = (~done).nonzero()[:, 0]
                 if not len(running):
                     break
+                # half are done: now it pays to copy the cache. A hook is promised all rows
                 if 2 * len(running) <= len(done) and edit_thought is None and not compiled:
                     rows, token, last = rows[running], token[running], last[running]
                     position, key_position = position[running], key_position[running]
@@ -597,18 +597,18 @@ class MultiCoCo(nn.Module):
                     cache = [(keys[running], values[running]) for keys, values in cache]
             thought = last if edit_thought is None else edit_thought(n + i + 1, last)
             is_thought = (token == c.latent_token_id)[:, None]
-            x = torch.where(is_thought, thought.to(head.dtype), self.embed_text(token))
-            key_position[:, S + i] = position
+            x = torch.where(is_thought, thought.to(head_weight.dtype), self.embed_text(token))
+            key_position.index_copy_(1, write_at, position[:, None])
             mask = (key_position <= position[:, None])[:, None, None]           # [B, 1, 1, slots]
-            last = self.step(x, position, mask, cache, slot)
-            position, slot = position + 1, slot + 1
+            last = self.step(x, position, mask, cache, write_at)
+            position, write_at = position + 1, write_at + 1
         return new[:, :int(written.max())]
 
-    def step(self, x, position, mask, cache, slot):
+    def step(self, x, position, mask, cache, write_at):
         """One token a row, x [B, D] at position [B] to its hidden state [B, D]. Shapes stay the
         same from token to token: `model.step = torch.compile(model.step, dynamic=False)` makes
         generate use it compiled."""
-        return self.decode(x[:, None], position[:, None], mask, cache, slot=slot)[:, 0]
+        return self.decode(x[:, None], position[:, None], mask, cache, write_at=write_at)[:, 0]
 
     @classmethod
     def from_pretrained(cls, name_or_path, dtype=torch.float32):
@@ -671,14 +671,15 @@ HF_NAMES = (
     ('mlp1.3.', 'multi_modal_projector.linear_2.'))
 # what some files hold and nothing needs: buffers, and the token of a training with masked patches
 UNUSED = re.compile(r'.+\.rotary_emb\.inv_freq|.+\.position_ids|.+\.embeddings\.mask_token')
-EXPECTED = (  # values of config.json that this code computes with, where they are given
-    ('text', 'model_type', ('qwen2', 'qwen3', 'llama')), ('text', 'hidden_act', ('silu', 'swish')),
+TYPES = ('qwen2', 'qwen3', 'llama')
+EXPECTED = (  # values of config.json that this code computes with; () is refused where it is given
+    ('text', 'model_type', TYPES), ('text', 'hidden_act', ('silu', 'swish')),
     ('text', 'is_causal', (True,)), ('text', 'partial_rotary_factor', (1.0,)),
-    ('text', 'mlp_bias', (False,)), ('', 'quantization_config', (None,)),
+    ('text', 'mlp_bias', (False,)), ('', 'quantization_config', ()),
     ('', 'use_llm_lora', (0,)), ('', 'use_backbone_lora', (0,)),
     ('', 'projector_hidden_act', ('gelu',)), ('', 'select_layer', (-1,)),
     ('', 'vision_feature_layer', (-1,)), ('', 'vision_feature_select_strategy', ('default',)),
-    ('', 'ps_version', (None, 'v1', 'v2')),
+    ('', 'ps_version', ('v1', 'v2')),
     ('vision', 'qk_normalization', (False,)), ('vision', 'use_qk_norm', (False,)),  # InternViT-6B
     ('vision', 'norm_type', ('layer_norm',)), ('vision', 'hidden_act', ('gelu',)),
     ('vision', 'num_channels', (3,)), ('vision', 'use_mean_pooling', (True,)),
@@ -700,7 +701,8 @@ def fetch(name_or_path):
     wanted = dict(allow_patterns=['*.json', '*.safetensors', '*.txt', '*.jinja'])
     try:
         folder = snapshot_download(name_or_path, local_files_only=True, **wanted)
-        weight_files(folder)  # raises where files are missing
+        weight_files(folder)  # raises where files are missing, as this does
+        read_tokenizer(folder)
         return folder
     except (OSError, ValueError):
         pass  # not in the cache, or not whole there: ask the hub
@@ -762,8 +764,11 @@ def weight_files(folder):
 
 def our_name(name):
     """Ours for a tensor's name in any of the layouts, transformers' names in memory as well."""
+    # model.language_model.norm.weight -> language_model.model.norm.weight   (-hf, in memory)
     name = name.replace('model.language_model.', 'language_model.model.')
+    # model.vision_tower.x -> vision_tower.x                                 (-hf, in memory)
     name = re.sub(r'^model\.(?=vision_tower\.|multi_modal_projector\.)', '', name)
+    # model.norm.weight, lm_head.weight -> language_model. and the same      (a plain decoder)
     name = re.sub(r'^(?=model\.(?:embed_tokens|layers|norm)\.|lm_head\.)', 'language_model.', name)
     for ours, theirs in (*OPENGVLAB_NAMES, *HF_NAMES):
         name = name.replace(theirs, ours)
@@ -791,15 +796,16 @@ def to_our_names(tensors, source):
     return weights
 
 
-def refuse(c, text, vision, source):
+def refuse(raw, text, vision, source):
     """Raises ValueError for the first value of config.json that this code would compute otherwise.
     vision is None for a text decoder."""
-    parts, reasons = {'': c, 'text': text, 'vision': vision or {}}, []
+    parts, reasons = {'': raw, 'text': text, 'vision': vision or {}}, []
     for part, key, allowed in EXPECTED:
         value = parts[part].get(key)
         if value is not None and value not in allowed:
-            computed = ' or '.join(str(a) for a in allowed if a is not None)
-            reasons.append(f'its {part} {key} is {value}, not {computed}'.replace('  ', ' '))
+            computed = f', not {" or ".join(map(str, allowed))}' if allowed else ''
+            given = 'set' if isinstance(value, dict) else value
+            reasons.append(f'its {part} {key} is {given}{computed}'.replace('  ', ' '))
     lacking = [f'text {key}' for key in NEEDED if not text.get(key)]
     if text['model_type'] != 'llama' and not text.get('num_key_value_heads'):
         lacking.append('text num_key_value_heads')
@@ -821,9 +827,10 @@ def refuse(c, text, vision, source):
         reasons.append(f'its rope is {kind}')
     if rope.get('partial_rotary_factor', 1.0) != 1.0:
         reasons.append(f'its partial_rotary_factor is {rope["partial_rotary_factor"]}')
+    # without a reason nothing is lacking either, so that the sizes below are there
     if not reasons and text.get('use_sliding_window') and text.get('sliding_window'):
         layers = text.get('layer_types') or []
-        if not layers and text['num_hidden_layers'] > text.get('max_window_layers', 28):
+        if not layers and text['num_hidden_layers'] > text.get('max_window_layers', 28):  # Qwen2's
             layers = ['sliding_attention']  # older configs: those from max_window_layers on
         if 'sliding_attention' in layers and text['sliding_window'] < longest_of(text):
             reasons.append(f'its decoder sees a sliding_window of {text["sliding_window"]} tokens')
@@ -847,26 +854,28 @@ def rope_of(text):
 
 def longest_of(text):
     """Tokens that a text config allows a row: those before any scaling of the rope."""
-    longest = text.get('max_position_embeddings') or 2048
+    by_class = 2048 if text['model_type'] == 'llama' else 32768  # transformers' defaults
+    longest = text.get('max_position_embeddings') or by_class
     return min(longest, rope_of(text).get('original_max_position_embeddings') or longest)
 
 
-def read_config(c, embedding, tokenizer, source, ends=()):
+def read_config(raw, embedding, tokenizer, source, ends):
     """config.json's dict as a Config: every value that changes the result is honoured here, or
     refused by name. embedding: shape of the embedding. Some copies carry a wrong llm_config beside
     a right text_config. ends: further ids that end an answer."""
-    texts = [c[key] for key in ('text_config', 'llm_config') if c.get(key)]
-    plain = not texts and 'vision_config' not in c  # a text decoder
-    texts = [{'model_type': 'qwen2', **t} for t in (texts or [c])]
+    texts = [raw[key] for key in ('text_config', 'llm_config') if raw.get(key)]
+    plain = not texts and 'vision_config' not in raw  # a text decoder
+    texts = [{'model_type': 'qwen2', **t} for t in (texts or [raw])]
     fit = [t for t in texts if [t.get('vocab_size'), t.get('hidden_size')] == embedding]
-    text, vision = (fit or texts)[0], None if plain else c.get('vision_config') or {}
-    opengvlab = not plain and 'text_config' not in c
+    text = (fit or texts)[0]
+    vision = None if plain else raw.get('vision_config') or {}
+    opengvlab = not plain and 'text_config' not in raw
     if opengvlab:  # what silence means to OpenGVLab's classes; transformers' know v2 alone
-        c = {'ps_version': 'v1', **c}
+        raw = {**raw, 'ps_version': raw.get('ps_version') or 'v1'}
         vision = {'qk_normalization': True, 'norm_type': 'rms_norm', 'qkv_bias': False, **vision}
-    # what is not supported is said before shapes that differ
-    if fit or text['model_type'] not in ('qwen2', 'qwen3', 'llama') or c.get('use_llm_lora'):
-        refuse(c, text, vision, source)
+    # where shapes differ, only another kind of decoder or LoRA explains more than the shapes do
+    if fit or text['model_type'] not in TYPES or raw.get('use_llm_lora'):
+        refuse(raw, text, vision, source)
     if not fit:
         described = [[t.get('vocab_size'), t.get('hidden_size')] for t in texts]
         raise ValueError(f'{source}: embed_tokens is {embedding or "missing"}, but config.json '
@@ -878,13 +887,14 @@ def read_config(c, embedding, tokenizer, source, ends=()):
 
     kind, width, heads = text['model_type'], text['hidden_size'], text['num_attention_heads']
     rope = {**rope_of(text), **(text.get('rope_parameters') or {})}
+    # the first becomes the tokenizer's eos_token; InternVL's are the end of a turn and of the text
     names = [tokenizer.eos_token] if plain else ['<|im_end|>', '<|endoftext|>']
     known = tokenizer.get_vocab()
     ends = dict.fromkeys([*(known[name] for name in names if name in known), *ends])
     if not ends or tokenizer.eos_token is None:
         raise ValueError(f'{source}: its tokenizer names no end token (eos_token), so that no '
                          'answer would end')
-    pad = '<|endoftext|>' if not plain else tokenizer.pad_token or tokenizer.eos_token
+    pad = (tokenizer.pad_token or tokenizer.eos_token) if plain else '<|endoftext|>'
     config = Config(
         vocab_size=max(embedding[0], len(tokenizer)), hidden_size=width,
         intermediate_size=text['intermediate_size'], num_hidden_layers=text['num_hidden_layers'],
@@ -904,9 +914,9 @@ def read_config(c, embedding, tokenizer, source, ends=()):
         vision_num_heads=vision['num_attention_heads'],
         vision_layer_norm_eps=vision.get('layer_norm_eps') or 1e-6,
         patch_size=side('patch_size', 14),
-        image_size=c.get('force_image_size') or side('image_size', 448),
-        downsample_ratio=c.get('downsample_ratio') or 0.5,
-        ps_version=c['ps_version'] if opengvlab else 'v2')
+        image_size=raw.get('force_image_size') or side('image_size', 448),
+        downsample_ratio=raw.get('downsample_ratio') or 0.5,
+        ps_version=raw['ps_version'] if opengvlab else 'v2')
 
 
 def read_pretrained(name_or_path, dtype):
@@ -915,23 +925,24 @@ def read_pretrained(name_or_path, dtype):
     folder = fetch(name_or_path)
     files = weight_files(folder)
     stored = [name for name in files if not UNUSED.fullmatch(name)]
-    c = read_json(os.path.join(folder, 'config.json'))
+    raw = read_json(os.path.join(folder, 'config.json'))
     tokenizer = read_tokenizer(folder)
     old_ids = set(tokenizer.get_vocab().values())
-    new_ids = set(add_special_tokens(tokenizer).get_vocab().values()) - old_ids
+    add_special_tokens(tokenizer)  # in place
+    new_ids = set(tokenizer.get_vocab().values()) - old_ids
     found = {our_name(name): (shape, kind) for name, (_, shape, kind) in files.items()}
     embedding, kind = found.get(EMBEDDING, (None, ''))
     if dtype == 'auto':
         dtype = torch.bfloat16 if kind == 'BF16' else torch.float32
     ends = []
-    for where in (c, read_json(os.path.join(folder, 'generation_config.json'), {})):
+    for where in (raw, read_json(os.path.join(folder, 'generation_config.json'), {})):
         eos = where.get('eos_token_id')
         ends += [eos] if isinstance(eos, int) else eos or []
-    config = read_config(c, embedding, tokenizer, name_or_path, ends)
+    config = read_config(raw, embedding, tokenizer, name_or_path, ends)
 
     def tensors():
         for name in stored:
-            # anew for each: closing lets go of what was read
+            # opened anew for each tensor: closing frees what was read
             with safe_open(files[name][0], 'pt') as file:
                 tensor = file.get_tensor(name)
                 if our_name(name) in (EMBEDDING, HEAD):
@@ -940,11 +951,12 @@ def read_pretrained(name_or_path, dtype):
 
     weights = to_our_names(tensors(), name_or_path)
     # as in transformers 5: a head of its own is used, whatever the config says; where the files
-    # hold none the top level decides whether it is tied, else the text config, else the class's own
-    # default
-    text, tied = c.get('text_config') or c.get('llm_config') or c, c.get('tie_word_embeddings')
+    # hold none the top level says whether it is tied, else the text config, else InternVLConfig,
+    # which ties (-hf), where OpenGVLab's, Qwen's and Llama's do not
+    text = raw.get('text_config') or raw.get('llm_config') or raw
+    tied = raw.get('tie_word_embeddings')
     if tied is None:
-        tied = text.get('tie_word_embeddings', 'text_config' in c)
+        tied = text.get('tie_word_embeddings', 'text_config' in raw)
     if HEAD in weights:
         tied = tied and torch.equal(weights[HEAD], weights[EMBEDDING])
     elif tied:
@@ -994,13 +1006,12 @@ def transformers_config(c, dtype):
     ways of giving the rope are there, transformers 4's and 5's. ValueError where none computes
     what this model does."""
     kind = 'qwen3' if c.qk_norm else 'qwen2' if c.attention_bias else 'llama'
-    if c.qk_norm and c.attention_bias or c.vision_num_layers and c.ps_version != 'v2':
+    if (c.qk_norm and c.attention_bias) or (c.vision_num_layers and c.ps_version != 'v2'):
         raise ValueError('transformers has no such model (qk_norm with attention_bias, or '
                          f'ps_version={c.ps_version}): it cannot be exported')
     dtype = str(dtype).removeprefix('torch.')
-    names = dict(qwen2='Qwen2ForCausalLM', qwen3='Qwen3ForCausalLM', llama='LlamaForCausalLM')
     text = dict(
-        architectures=[names[kind]], model_type=kind, vocab_size=c.vocab_size,
+        architectures=[f'{kind.capitalize()}ForCausalLM'], model_type=kind, vocab_size=c.vocab_size,
         hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
         num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads,
         num_key_value_heads=c.num_key_value_heads, head_dim=c.head_dim, hidden_act='silu',
@@ -1040,10 +1051,10 @@ def their_weights(model):
         if '.attn.qkv.' in name:
             parts = {name.replace('.qkv.', f'.{third}.'): part
                      for third, part in zip('qkv', tensor.chunk(3))}
-        for ours, part in parts.items():
+        for theirs, part in parts.items():
             for of_ours, of_theirs in HF_NAMES:
-                ours = ours.replace(of_ours, of_theirs)
-            weights[ours] = part.contiguous().clone()
+                theirs = theirs.replace(of_ours, of_theirs)
+            weights[theirs] = part.clone()  # q, k and v are views of one tensor
     return weights
 
 
@@ -1081,9 +1092,9 @@ def write_pretrained(model, folder, tokenizer, texts):
 
 
 def load_checkpoint(path, dtype=torch.float32):
-    """Model (in evaluation mode), tokenizer, and what else there was: of a .pt of train.py, whose
-    weights are float32, knobs, stage and more; of a checkpoint folder or hub id, read in `dtype`
-    (see `from_pretrained`), nothing, or what sample.py's --export wrote beside the weights."""
+    """(model in evaluation mode, tokenizer, dict). Of a .pt of train.py: weights float32 whatever
+    dtype says, and the rest of the file (knobs, stage, ...). Of a folder or hub id: read in `dtype`
+    (see `from_pretrained`), and what sample.py's --export wrote beside the weights, else {}."""
     if not path.endswith('.pt'):
         model, tokenizer = MultiCoCo.from_pretrained(path, dtype), load_tokenizer(path)
         return model, tokenizer, read_json(os.path.join(fetch(path), EXPORTED), {})

@@ -9,9 +9,10 @@ a module it turns a row of that folder into model inputs.
 
 A prepared folder holds {split}.jsonl, images/{split}/, cache/tiles/{split}/ and, with
 init_from='scratch', tokenizer/. A row has the fields of Coconut's files, question, steps, answer,
-and where there are, image, choices, correct_choice_idx, question_id. What is not used, converted or
-dropped is said with its number. Sources: Coconut's public data code, A-OKVQA's, InternVL's dynamic
-tiling as transformers' GotOcr2ImageProcessorPil does it, VQA's normalisation of answers.
+and where there are, image, choices, correct_choice_idx, question_id; added here are explanation,
+image_size, image_hash. What is left unused or dropped is printed. Sources: Coconut's public data
+code, A-OKVQA's, InternVL's dynamic tiling as transformers' GotOcr2ImageProcessorPil does it, VQA's
+normalisation of answers.
 """
 import ast
 import contextlib
@@ -20,6 +21,7 @@ import glob
 import hashlib
 import io
 import json
+import math
 import os
 import random
 import re
@@ -43,40 +45,43 @@ from model import END_IMG, END_LATENT, IMG, IMG_CONTEXT, LATENT, SPECIAL_TOKENS,
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
 
 # --- knobs of the command -------------------------------------------------------------------------
-dataset = 'HuggingFaceM4/A-OKVQA'  # hub id, parquet folder, .jsonl, .json; 'toy', 'prosqa' draw
+dataset = 'HuggingFaceM4/A-OKVQA'  # hub id, parquet folder, .jsonl, .json; or drawn, see below
 data_dir = 'data/aokvqa'           # the prepared folder
-init_from = 'OpenGVLab/InternVL3-1B-Pretrained'  # or 'scratch': a tokenizer is trained
+init_from = 'OpenGVLab/InternVL3-1B-Pretrained'  # or a .pt; or 'scratch': a tokenizer is trained
 steps_from = 'first'               # 'first' rationale, cut into steps, or 'all', each a step
 max_latent_stage = 4               # a rationale of one sentence is cut into so many spans of words
 image_size = 448                   # side of a tile in pixels
 max_tiles = 8                      # without the thumbnail
 cache_tiles = True                 # tiles as uint8 on disk; False cuts them while training
-train_rows = 8192                  # rows of each split, where the data set is drawn
+train_rows = 8192                  # of each split, where dataset is 'toy', 'words' or 'prosqa'
 val_rows = 500
 test_rows = 500
-hops = 4                           # doors to follow in 'toy'
+hops = 4                           # doors to follow in 'toy' and 'words'
 nodes = 23                         # of a graph in 'prosqa'
 seed = 1337
-# --- how a row becomes text: train.py has the same knobs, here the tokenizer sees what they make
+# --- how a row becomes text, as in train.py; here used only to train a tokenizer from scratch
 PROMPT = ('<image>\nQuestion: {question}\n\nChoices:\n{choices}\n\n'
           'Let me think step by step:\n')
-ANSWER = 'The answer is {letter}. {choice}'  # also: {explanation}, the rationale's first sentence
+ANSWER = 'The answer is {letter}. {choice}'  # also {answer}, {explanation} (first of a rationale)
 prompt = PROMPT
 answer = ANSWER
 
 # --- text -----------------------------------------------------------------------------------------
 LETTERS = 'ABCDEFGH'
 MODES = ('coconut', 'cot', 'no_cot', 'pause', 'no_thoughts')
+# InternVL's own system prompt
 SYSTEM = ('你是书生·万象，英文名是InternVL，是由上海人工智能实验室、'
           '清华大学及多家合作单位联合开发的多模态大语言模型。')
+# words by which a step speaks of seeing
 SEEING = re.compile(
     r'\b(see|sees|seen|look|looks|looking|visible|image|picture|photo|shown|shows)\b', re.I)
 
 
 def fill(template, row):
-    """A prompt or answer template with the row's fields. Without an image or choices, what speaks
-    of them is left out: of a prompt the paragraph with {choices}, or the line where {question} is
-    in that too; of an answer all but {answer}."""
+    """A prompt or answer template with the row's fields. Without choices, a paragraph of a prompt
+    that holds {choices} is left out (only that line where the paragraph holds {question} too), and
+    an answer template that asks for {letter} or {choice} becomes '{answer}'. Without an image,
+    <image> is left out."""
     choices = [choice.strip() for choice in row.get('choices') or []]
     if not choices:
         parts = [part for part in template.split('\n\n')
@@ -114,10 +119,13 @@ def build_text(row, stage, mode='coconut', c_thought=2, max_latent_stage=4, pad_
 
     A stage beyond max_latent_stage hides all steps behind the thoughts of max_latent_stage. Without
     pad_latent_to_max a row has no more thoughts than its steps ask for; a row that has no steps has
-    the stage's full number, like a question whose steps nobody knows. Stage 0 has no thoughts."""
+    the stage's full number, like a question whose steps nobody knows. Stage 0 has no thoughts.
+    visual_bridge says in words that the image is looked at: in stage 0 before the first step, later
+    before the thoughts and, unless it speaks of seeing, before the first written step."""
+    # template: the chat turns around the prompt; frame_of has made a text with {prompt} of 'chat'
     if mode not in MODES or (template not in ('plain', 'chatml') and '{prompt}' not in template):
         raise ValueError(f'mode={mode!r}, template={template!r}: expected one of '
-                         f'{", ".join(MODES)}; plain, chatml or chat')
+                         f'{", ".join(MODES)}; plain, chatml or a text with {{prompt}}')
     steps = list(row.get('steps') or ())
     if mode == 'cot':
         stage = 0
@@ -146,8 +154,8 @@ def build_text(row, stage, mode='coconut', c_thought=2, max_latent_stage=4, pad_
 
 
 def frame_of(template, tokenizer):
-    """A knob's template for `build_text`: of 'chat', the tokenizer's own chat turns, the text
-    around {prompt}."""
+    """The knob `template` as `build_text` takes it: 'chat' becomes the tokenizer's own chat turns,
+    a text with {prompt} in it."""
     if template != 'chat':
         return template
     if not tokenizer.chat_template:
@@ -159,20 +167,35 @@ def frame_of(template, tokenizer):
 def begin_of(prompt, tokenizer):
     """The ids that a tokenizer puts before every text, as Llama 3's does; [] where the prompt
     starts with them already."""
-    ids = tokenizer.encode('')
+    ids = tokenizer.encode('')  # where there are none '' is decoded, with which each prompt starts
     return [] if prompt.startswith(tokenizer.decode(ids)) else ids
 
 
+def thought_targets(row, tokenizer, thoughts, c_thought=2):
+    """For each thought the token that begins the result of the step it stands for, if it is the
+    first of that step's thoughts; else -100. The result is the row's own, or in Coconut's format
+    the step's last word."""
+    targets = [-100] * thoughts
+    for k, step in zip(range(0, thoughts, c_thought), row.get('steps') or ()):
+        result = (row.get('results') or [])[k // c_thought:][:1] or re.findall(r'\w+', step)[-1:]
+        for name in result:
+            written = name if step.startswith(name) else f' {name}'
+            targets[k] = tokenizer.encode(written, add_special_tokens=False)[0]
+    return targets
+
+
 def encode(row, tokenizer, stage, tiles=None, supervised=True, max_length=2560,
-           num_image_tokens=256, **text):
+           num_image_tokens=256, teach=False, **text):
     """One row's model inputs: {input_ids: list, labels: list or None, pixel_values: uint8 [P, 3, S,
     S] or None}.
 
     tiles             uint8 [P, 3, S, S], the row's image as `tile_image` gives it, or None
     supervised        False leaves out steps and answer, for generation: labels is None
     num_image_tokens  N, visual tokens a tile
+    teach             with `thought_labels` as well, see `thought_targets`
     text              knobs of `build_text`
-    Raises ValueError where the row does not fit max_length or its visual tokens are not N a tile.
+    Raises ValueError where the row does not fit max_length, its visual tokens are not N a tile, its
+    text holds <|latent|>, or its answer is missing.
     """
     prompt, thoughts, target = build_text(row, stage, **text)
     name = row.get('question_id', '?')
@@ -200,7 +223,11 @@ def encode(row, tokenizer, stage, tiles=None, supervised=True, max_length=2560,
     if len(ids) > max_length:
         raise ValueError(f'row {name} needs {len(ids)} tokens ({visual} visual, {thoughts} '
                          f'thoughts), max_length is {max_length}')
-    return dict(input_ids=ids, labels=labels, pixel_values=tiles)
+    found = dict(input_ids=ids, labels=labels, pixel_values=tiles)
+    if teach:
+        found['thought_labels'] = thought_targets(row, tokenizer, thoughts,
+                                                  text.get('c_thought', 2))
+    return found
 
 
 def collate(rows):
@@ -209,7 +236,8 @@ def collate(rows):
     T = int(lengths.max())
 
     def pad(key, value):
-        return torch.tensor([row[key] + [value] * (T - len(row[key])) for row in rows])
+        longest = max(len(row[key]) for row in rows)
+        return torch.tensor([row[key] + [value] * (longest - len(row[key])) for row in rows])
 
     tiles = [row['pixel_values'] for row in rows]
     held = [t for t in tiles if t is not None]
@@ -218,40 +246,45 @@ def collate(rows):
                  num_tiles=torch.tensor([0 if t is None else len(t) for t in tiles]))
     if rows[0]['labels'] is not None:
         batch['labels'] = pad('labels', -100)
+    if 'thought_labels' in rows[0]:
+        batch['thought_labels'] = pad('thought_labels', -100).long()
     return batch
 
 
-def supervised(batch):
+def count_supervised(batch):
     """The number of tokens that a batch's loss is the mean over."""
     return int((batch['labels'][:, 1:] != -100).sum())
 
 
-def micro_batches(batch, rows):
-    """A batch cut into parts of so many rows, each with its own tiles."""
-    if len(batch['input_ids']) <= rows:
+def micro_batches(batch, size):
+    """A batch cut into parts of `size` rows, each with its own tiles."""
+    if len(batch['input_ids']) <= size:
         return [batch]
-    batch, pixels = dict(batch), batch['pixel_values']
-    del batch['pixel_values']
-    parts = [dict(zip(batch, values)) for values in zip(*(v.split(rows) for v in batch.values()))]
+    pixels = batch['pixel_values']
+    cut = {key: value.split(size) for key, value in batch.items() if key != 'pixel_values'}
+    parts = [dict(zip(cut, values)) for values in zip(*cut.values())]
     tiles = [None] * len(parts)
     if pixels is not None:
         tiles = pixels.split([int(part['num_tiles'].sum()) for part in parts])
     return [dict(part, pixel_values=t) for part, t in zip(parts, tiles)]
 
 
-def batches(rows, groups, num_workers=0, pin_memory=False):
-    """Batches of `rows`, a data set, in host memory; `groups` is a list of lists of row numbers:
-    workers decide nothing but time."""
+def batches(dataset, groups, num_workers=0, pin_memory=False):
+    """Batches of a data set, in host memory; `groups` is a list of lists of row numbers. The number
+    of workers changes nothing but speed."""
     loader = torch.utils.data.DataLoader(
-        rows, batch_sampler=groups, collate_fn=collate, num_workers=num_workers,
-        pin_memory=pin_memory, generator=torch.Generator(),  # not the global one: nothing is drawn
+        dataset, batch_sampler=groups, collate_fn=collate, num_workers=num_workers,
+        # the loader draws its workers' seed from this, not from the global one
+        pin_memory=pin_memory, generator=torch.Generator(),
         worker_init_fn=leave_signals_to_the_parent)
     try:
         yield from loader
-    except (ValueError, OSError) as error:  # a worker's holds its traceback as text
+    except (ValueError, OSError) as error:
+        # A worker's error arrives as one text that ends in its traceback: File "...", the line, and
+        # "ValueError: message". Where that line is a raise, the message is meant for the user.
         lines = [line.strip() for line in str(error).strip().splitlines()]
         places = [i for i, line in enumerate(lines) if line.startswith('File "')]
-        if places and lines[places[-1] + 1].startswith('raise '):  # meant for the user
+        if places and lines[places[-1] + 1].startswith('raise '):
             raise ValueError(lines[-1].partition(': ')[2] or lines[-1]) from None
         raise
 
@@ -270,15 +303,21 @@ ANSWER_IS = (r'(?:\b(?:answers?|antwort|réponse|respuesta|risposta|resposta|о�
 CHOOSING = (r'(?:\b(?:option|choice|it is|it\'s|(?:would|must|should) '
             r'be|say|choose|pick|select|guess'
             r'|go with)\b|选[择项]?|選)')
+# between 'answer' and the option: ' is: ('
 LINK = (r'(?:[\s:=–—"\'(\[{<]+|-(?!\d)|\b(?:is|are|would|should|must|be|option|choice|letter'
         r'|clearly|probably|likely|most|therefore|thus|the|ist|die|est|la|le|es|è|é'
         r'|correct[ae]?|right|best|final)\b|是|为|為|は|은|는|应该|选项)*')
-RIGHT = re.compile(r'\s+(?:is|was|would be|must be|seems)\s+(?:(?:the|most|probably|clearly)\s+)*'
+# behind an option: ') is the correct answer'
+RIGHT = re.compile(r'[)\]"\'>]*\s+(?:is|was|would be|must be|seems)\s+'
+                   r'(?:(?:the|most|probably|clearly)\s+)*'
                    r'(?:correct|right|best|answer|likely)\b', re.I)
+# behind an option: ' is not', ' isn't'
 WRONG = re.compile(r'\W*(?:is|was|are|seems)(?:\s+(?:\w+\s+)?(?:not|wrong|incorrect|false)\b|n\'t)',
                    re.I)
+# a text that ends in a negation, up to 24 characters back
 NEGATED = re.compile(r'(?:\b(?:not|no|never|neither|nor|none|without|nicht|kein\w*|pas)\b|n\'t\b'
                      r'|不是?|没|沒|非)(?:(?!\bbut\b|是)[^.,;:!?\n。，]){0,24}$', re.I)
+# between two options: ' or ', ', '
 JOINED = re.compile(r'[\s)\]"\'>(]*(?:[,;/&|、或和]|\b(?:or|and|also|possibly|perhaps|as well as'
                     r'|und|oder|et|ou)\b)[\s,(]*(?:(?:or|and|also|maybe|possibly|perhaps'
                     r'|as well as|the|an)\s+)*[("\'\[]*|\s+(?=[A-H][.):])', re.I)
@@ -286,15 +325,18 @@ ARTICLE = re.compile(r'(?:an?|the)\s+', re.I)
 UNSPACED = re.compile('[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]')  # Thai, kana, Han: no word ends
 LETTER = re.compile(r"([A-Ha-h])(?:(?=[\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af])"
                     r"|(?![\w+#]|[&'.-]\w))")
+# a letter that labels a line: 'C.', 'C because'
 LETTERED = re.compile(r'[A-H](?:[).:,\]|"\'>]|\s*$|\s+-\s|\s+(?:because|since|as)\b)'
                       r'|[a-h](?:[).:](?=\s|$)|\s*$)', re.M)
 BULLET = re.compile(r'[\s"\'(\[{<>#„•]*(?:\d+[.)]\s+(?=[A-H]\b))?(?:-(?!\d)\s*)?')
-# what takes back or only supposes the answer that follows, or the one before
+# before an answer that is denied or only supposed: 'doubt that', 'if it were'
 SUPPOSED = re.compile(r'(?:\b(?:not|no way|impossible|doubt|wrong|incorrect|might|never'
                       r'|ruled? out|eliminated?|excluded?)\b|n\'t\b|不)'
                       r'[^.!?,;\n]*$|\bwere\b[^.!?\n]*$', re.I)
-CORRECTED = re.compile(r'\b(?:wait|actually|on second thought|correction|hmm|sorry|i was wrong'
-                       r'|let me re\w*)\b', re.I)
+# takes back what was said before it
+CORRECTED = re.compile(r'(?:^|[.!?,;\n])\s*(?:no,\s+)?(?:wait|actually|on second thought'
+                       r'|correction|hmm|sorry|i was wrong|let me re\w*)\b', re.I)
+# behind an option: ': false'
 DENIED = re.compile(r'[\s:.,()\]-]*(?:no|false|wrong|incorrect)\b', re.I)
 FUNCTION_WORDS = {'yes', 'no', 'none', 'both', 'all', 'neither', 'either', 'not', 'true', 'false'}
 
@@ -382,13 +424,14 @@ class AnswerReader:
         if not name and (article := ARTICLE.match(self.text, place)):
             name = self.name_at(article.end())
         if letter and name and len(self.names[name[0]]) == 1 and self.text[place].isupper():
-            name = None  # an option that is called A is asked for by its letter
+            name = None  # of an option whose text is one letter, a capital means the letter
         said = name or letter
         if not said or WRONG.match(self.text, said[1]):
             return None
         if re.compile(r'[\s)\]"\']*\?').match(self.text, said[1]) and self.text.strip()[-1:] != '?':
-            return None  # it is asked, not said
+            return None  # 'C? No' asks; a text that itself ends so says it, only unsurely
         option, end = said
+        # the other form may follow, 'C) dog' or 'dog (C)'; a name of one letter is not one
         rest = re.compile(r'[\s().:\[\]{}"\'<>|,–-]*').match(self.text, end).end()
         second = self.letter_at(rest, capital=True) if name else self.name_at(rest)
         if not second and DENIED.match(self.text, end):
@@ -419,12 +462,13 @@ class AnswerReader:
             line = self.text.rfind('\n', 0, match.start()) + 1
             for word in re.finditer(r'(?<!\w)\w', self.text[line:match.start()]):
                 said = self.said_at(line + word.start())
-                if said and said[1] == match.start():
+                if said and said[1] == match.start():  # it ends where ' is correct' begins
                     yield match.start(), said[0]
                     break
 
     def said_by_line(self):
-        """The options that lines begin with by letter, and those that whole lines name."""
+        """The options that lines begin with by letter, and those that whole lines name, each with
+        the place behind its line."""
         lettered, named, place = [], [], 0
         for line in self.text.split('\n'):
             start = place + BULLET.match(line).end()
@@ -462,22 +506,25 @@ class AnswerReader:
             if ended and len(name) > 1 and whole == name.strip('.!'):
                 return i
         corrections = list(CORRECTED.finditer(self.text)) if ended else []
-        if corrections:  # what was said before is taken back
+        if corrections:  # what was said before is taken back, if anything is said then
             rest = self.text[corrections[-1].end():].lstrip(' ,.:;!-\n')
-            return AnswerReader(rest, self.names).read(ended)
+            said = AnswerReader(rest, self.names).read(ended)
+            if said is not None or len(re.findall(r'\w+', rest)) > 0:
+                return said
         said = [*self.said_after(ANSWER_IS), *self.said_right()]
         if said or not ended:
             return max(said)[1] if said else None  # the last; text that was cut off says no more
         lettered, named = self.said_by_line()
         if lettered:
             return lettered[0] if len(set(lettered)) == 1 else -1
-        if named and (named[-1][0] > len(self.text.rstrip()) or len({i for _, i in named}) == 1):
+        last_line_names_it = named and named[-1][0] > len(self.text.rstrip())
+        if last_line_names_it or len({option for _, option in named}) == 1:
             return named[-1][1]
-        said = {option for _, option in self.said_after(CHOOSING)}
-        if said:
-            return said.pop() if len(said) == 1 else -1
-        words = [match.end() for match in re.finditer(ANSWER_IS, self.text, re.I)]
-        lines = self.text[max(words, default=0):].strip().split('\n')
+        chosen = {option for _, option in self.said_after(CHOOSING)}
+        if chosen:
+            return chosen.pop() if len(chosen) == 1 else -1
+        ends = [match.end() for match in re.finditer(ANSWER_IS, self.text, re.I)]
+        lines = self.text[max(ends, default=0):].strip().split('\n')
         return AnswerReader(lines[-1], self.names).only_name()
 
 
@@ -521,7 +568,8 @@ def normalised(text):
     """A free answer as VQA's evaluation compares them: case, articles, punctuation and number words
     do not count. Unlike there a minus before a digit stays, and 'none' is no number."""
     text = re.sub('([⁰¹²³⁴-⁹]+)', r'^\1', text)                   # 10² is not 102
-    text = unicodedata.normalize('NFKC', text).lower().replace('’', "'").lstrip('# ')
+    text = unicodedata.normalize('NFKC', text).lower().replace('’', "'")
+    text = text.lstrip('# ')                                     # GSM8K writes #### 18
     text = re.sub(r'(?<!\w)[-−–]\s?(?=\d)', '-', text)
     text = re.sub(r'(?<=\d)\.0+(?!\d)', '', text)                # 18.0
     text = re.sub(r'(?<!\d)\.(?=\d)', '0.', text)                # .5
@@ -536,8 +584,8 @@ def normalised(text):
 
 
 def free_answer_is(text, row, template):
-    """Whether a text's last line is a row's answer, with or without the template: (VQA's way,
-    exactly)."""
+    """Whether a text's last line is a row's answer: (as VQA compares, with or without the template;
+    character by character, with the template)."""
     def last_line(text):
         return text.strip().split('\n')[-1].strip()
 
@@ -573,9 +621,9 @@ def replacing(path):
         os.makedirs(folder, exist_ok=True)
         yield part
         os.replace(part, path)
-    # torch and numpy keep the system's reason: look for it
+    # torch and numpy raise errors without errno: whether the disk is full is looked up
     except (OSError, RuntimeError) as error:
-        full = os.path.isdir(folder) and shutil.disk_usage(folder).free < 2**20
+        full = os.path.isdir(folder) and shutil.disk_usage(folder).free < 2**20  # 1 MiB
         if getattr(error, 'errno', None) == errno.ENOSPC or full:
             raise OSError(f'the disk is full: {path} was not written, what was there before is '
                           'untouched; free some space') from None
@@ -590,7 +638,7 @@ def replacing(path):
 
 # part of the cache's hash: raise it when tile_image or load_image give other pixels
 TILING_VERSION = 2
-PngImagePlugin.MAX_TEXT_CHUNK = 2 ** 26  # pictures with a workflow in their text are pictures
+PngImagePlugin.MAX_TEXT_CHUNK = 2 ** 26  # image generators write more text than Pillow allows
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
          4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
          6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
@@ -613,15 +661,13 @@ def grey_to_8_bits(image):
     low, high = (grey[finite].min(), grey[finite].max()) if finite.any() else (0, 0)
     grey = np.where(finite, grey, low)
     scales = [2 ** bits - 1 for bits in (8, 10, 12, 14, 16)]
-    if image.mode == 'F':
-        scales.insert(0, 1)
     white = min((scale for scale in scales if scale >= high), default=high)
     if image.mode == 'F' and low >= -0.5 and high <= 1.5:  # fractions, after a sharp resize
         low, white = 0, 1
     elif low >= 0 and white in scales:
         low = 0
     else:
-        low, white = grey.min(), high
+        white = high
     grey = (grey - low) / max(white - low, 1e-12) * 255
     return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
 
@@ -633,7 +679,8 @@ def pillow_reason(error):
 
 def load_image(file):
     """RGB image from a path or bytes, as a viewer shows it: upright, the first of several frames,
-    what is transparent over white. ValueError in one sentence where it is none."""
+    what is transparent over white. ValueError in one sentence where it is none, FileNotFoundError
+    where nothing is there."""
     name = file if isinstance(file, str) else 'image'
     if isinstance(file, str) and not os.path.isfile(file):
         raise FileNotFoundError(f'no image file {file[:200]}')
@@ -654,7 +701,7 @@ def load_image(file):
 
 
 def image_header(data):
-    """(file ending, (width, height) as it is shown) of an image's bytes, without decoding it."""
+    """(file ending, (width, height) as it is shown) of an image's bytes; only a TIFF is decoded."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             size = image.size
@@ -703,11 +750,12 @@ def tile_image(image, size=448, min_tiles=1, max_tiles=8, thumbnail=True):
 
 
 def load_tiles(row, folder, split, size=448, max_tiles=8, cache=True):
-    """A prepared row's tiles, from the cache, else from its image and into it; None without an
-    image."""
+    """A prepared row's tiles, from the cache, else cut from its image and then cached; None without
+    an image."""
     if not row.get('image'):
         return None
-    key = repr((size, 1, max_tiles, True, TILING_VERSION, row['image_hash']))
+    min_tiles, thumbnail = 1, True
+    key = repr((size, min_tiles, max_tiles, thumbnail, TILING_VERSION, row['image_hash']))
     stem = os.path.splitext(os.path.basename(row['image']))[0]
     name = f'{stem}_{hashlib.sha256(key.encode()).hexdigest()[:12]}.npy'
     path = os.path.join(folder, 'cache', 'tiles', split, name)
@@ -722,17 +770,18 @@ def load_tiles(row, folder, split, size=448, max_tiles=8, cache=True):
 
 # --- rows of a prepared data set ------------------------------------------------------------------
 class Rows(torch.utils.data.Dataset):
-    """A prepared split at one stage, encoded row by row. Which row is drawn to which earlier stage
-    depends on seed, epoch and row alone, not on workers or order."""
+    """A prepared split at one stage, encoded row by row. With probability uniform_prob a row is
+    drawn to an earlier stage, each as likely; which depends on seed, epoch and row alone, not on
+    workers or order."""
 
     def __init__(self, rows, split, stage, tokenizer, data_dir='.', image_size=448, max_tiles=8,
                  cache_tiles=True, max_length=2560, num_image_tokens=256, supervised=True,
-                 uniform_prob=0.0, seed=0, epoch=0, **text):
-        self.rows, self.stage, self.tokenizer, self.text = rows, stage, tokenizer, text
-        self.tiles = dict(folder=data_dir, split=split, size=image_size, max_tiles=max_tiles,
+                 teach=False, uniform_prob=0.0, seed=0, epoch=0, **text):
+        self.rows, self.stage, self.tokenizer, self.text_knobs = rows, stage, tokenizer, text
+        self.tile_knobs = dict(folder=data_dir, split=split, size=image_size, max_tiles=max_tiles,
                           cache=cache_tiles)
-        self.shape = dict(max_length=max_length, num_image_tokens=num_image_tokens,
-                          supervised=supervised)
+        self.encode_knobs = dict(max_length=max_length, num_image_tokens=num_image_tokens,
+                          supervised=supervised, teach=teach)
         self.uniform_prob, self.seed, self.epoch = uniform_prob, seed, epoch
 
     def __len__(self):
@@ -740,37 +789,37 @@ class Rows(torch.utils.data.Dataset):
 
     def stage_of(self, i):
         draw = random.Random(f'{self.seed} {self.epoch} {self.rows[i].get("question_id", i)}')
-        # stage 0 never holds a thought
+        # stage 0 has no earlier one
         mixed = self.stage > 0 and draw.random() < self.uniform_prob
         return draw.randrange(self.stage) if mixed else self.stage
 
     def __getitem__(self, i):
-        tiles = load_tiles(self.rows[i], **self.tiles)
-        return encode(self.rows[i], self.tokenizer, self.stage_of(i), tiles, **self.shape,
-                      **self.text)
+        tiles = load_tiles(self.rows[i], **self.tile_knobs)
+        return encode(self.rows[i], self.tokenizer, self.stage_of(i), tiles, **self.encode_knobs,
+                      **self.text_knobs)
 
     def length(self, i, stage=None, count=None):
-        """Tokens of row i at a stage, without a look at its image; `count` counts those of a
-        text."""
+        """Tokens of row i at a stage, with its answer, without a look at its image; `count` counts
+        those of a text."""
         if count is None:
             def count(text):
                 return len(self.tokenizer.encode(text, add_special_tokens=False))
         row = self.rows[i]
         stage = self.stage if stage is None else stage
-        prompt, thoughts, target = build_text(row, stage, **self.text)
+        prompt, thoughts, target = build_text(row, stage, **self.text_knobs)
         visual = 0
         if row.get('image'):
-            tiles = count_tiles(*row['image_size'], self.tiles['size'],
-                                max_tiles=self.tiles['max_tiles'])
-            visual = tiles * self.shape['num_image_tokens'] + 2                 # <img> and </img>
+            tiles = count_tiles(*row['image_size'], self.tile_knobs['size'],
+                                max_tiles=self.tile_knobs['max_tiles'])
+            visual = tiles * self.encode_knobs['num_image_tokens'] + 2          # <img> and </img>
         markers, end = 2 * bool(thoughts), 1
         texts = sum(count(part) for part in prompt.split('<image>')) + count(target or '')
         return len(begin_of(prompt, self.tokenizer)) + visual + texts + thoughts + markers + end
 
     def fits(self, i):
-        """Whether row i fits max_length at each stage it may be drawn to. A token has a byte at
-        least, so few rows are tokenized."""
-        most = self.shape['max_length']
+        """Whether row i fits max_length at each stage it may be drawn to. A text has no more tokens
+        than bytes: only a row with too many bytes is tokenized."""
+        most = self.encode_knobs['max_length']
         stages = range(self.stage + 1) if self.uniform_prob else [self.stage]
         return all(self.length(i, stage, lambda text: len(text.encode())) <= most
                    or self.length(i, stage) <= most for stage in stages)
@@ -824,12 +873,15 @@ ABBREVIATION = re.compile(r'(?:\b(?:St|Dr|Mr|Mrs|Ms|Jr|Sr|Prof|Mt|vs|etc|approx|
                           r'|\b[ap]\.m|\b(?:[A-Za-z]\.)+[A-Za-z])\.$')
 
 
+NOT_THERE = 'whose image file is not there'
+
+
 class Dropped(Exception):
-    """The reason why a row cannot be used."""
+    """The reason why a row cannot be used, worded to follow 'dropped 3 rows'."""
 
 
 def is_missing(value):
-    return (value is None or isinstance(value, float) and value != value
+    return (value is None or isinstance(value, float) and math.isnan(value)
             or isinstance(value, str) and not value.strip())
 
 
@@ -928,7 +980,7 @@ def right_choice(raw, choices):
     index, known = raw.get('correct_choice_idx'), None
     if isinstance(index, str) and index.strip().upper() in tuple(LETTERS):
         index = LETTERS.index(index.strip().upper())
-    if not is_missing(index) and index != -1:
+    if not is_missing(index) and index != -1:  # as some test sets say that it is not known
         try:
             known = int(float(index)) if float(index).is_integer() else None
         except (TypeError, ValueError, OverflowError):
@@ -958,9 +1010,9 @@ def read_row(raw, split, steps_from, max_latent_stage):
     names = [raw.get(field) for field in ('question_id', 'idx', 'id')]
     name = next((as_text(n, 'question_id') for n in names if not is_missing(n)), '')
     row = dict(question_id=name, question=as_text(raw['question'], 'question'))
-    right = None
     choices = raw.get('choices')
-    if not is_missing(choices) and not (isinstance(choices, list) and not choices):
+    empty = isinstance(choices, (list, str)) and choices in ([], '[]')
+    if not is_missing(choices) and not empty:
         choices = as_items(choices, 'choices')
         if choices is None or not 2 <= len(choices) <= len(LETTERS):
             raise Dropped(f'without 2 to {len(LETTERS)} options')
@@ -982,16 +1034,16 @@ def read_row(raw, split, steps_from, max_latent_stage):
     else:
         rationales = texts_of(raw, 'rationales')
         if not is_missing(raw.get('steps')):
-            text = raw['steps'] if isinstance(raw['steps'], str) else ''
-            written = text and as_items(text, 'steps') is None
-            steps = cut_steps(text, max_latent_stage) if written else texts_of(raw, 'steps')
+            one_text = as_items(raw['steps'], 'steps') is None
+            steps = texts_of(raw, 'steps')
+            steps = cut_steps(steps[0], max_latent_stage) if one_text else steps
         elif steps_from == 'all':
             steps = rationales
         else:
             steps = cut_steps(rationales[0], max_latent_stage) if rationales else []
         row['steps'] = [' '.join(step.split()) for step in steps]  # a step is a line
-        source = rationales[:1] or row['steps'][:1]
-        row['explanation'] = (sentences(source[0]) or [''])[0] if source else ''
+        source = (rationales or row['steps'] or [''])[0]
+        row['explanation'] = next(iter(sentences(source)), '')
         if not is_missing(raw.get('results')):
             row['results'] = texts_of(raw, 'results')
         row.update(edges_of(raw))
@@ -1026,7 +1078,9 @@ def check_text(row):
 
 
 def read_picture(raw, folders):
-    """The bytes of a raw row's image; None without one. Raises Dropped."""
+    """The bytes of a raw row's image; None without one. image may be bytes, a path, parquet's
+    {bytes, path}, or a list of one of these; where it is empty, image_path counts. Raises
+    Dropped."""
     value = raw.get('image')
     if isinstance(value, dict):  # a parquet file's struct
         if not {'bytes', 'path'} & value.keys():
@@ -1048,13 +1102,13 @@ def read_picture(raw, folders):
         raise Dropped(f'whose image is {type(value).__name__}, not a path or bytes')
     for folder in folders:
         path = os.path.join(folder, value)
-        if len(value) < 4096 and os.path.isfile(path):
+        if os.path.isfile(path):
             try:
                 with open(path, 'rb') as f:
                     return f.read()
             except OSError as error:
                 raise Dropped(f'whose image file cannot be read ({error.strerror})') from None
-    raise Dropped('whose image file is not there')
+    raise Dropped(NOT_THERE)
 
 
 # --- where rows come from -------------------------------------------------------------------------
@@ -1071,7 +1125,8 @@ def words_of(path):
 
 
 def cut_name(path):
-    """A file name's last word that says a split, and its other words: ('train', ['own', 'val'])."""
+    """A file name's last word that says a split, and its other words: of own_val_train.jsonl
+    ('train', ['own', 'val'])."""
     words = words_of(path)
     places = [i for i, word in enumerate(words) if word in SPLIT_WORDS]
     if not places:
@@ -1082,13 +1137,15 @@ def cut_name(path):
 def split_of(name):
     """The word for the only split that a file's or folder's name says; '' for none or several."""
     found = {SPLIT_WORDS[word]: word for word in words_of(name) if word in SPLIT_WORDS}
-    return found.popitem()[1] if len(found) == 1 else ''
+    return list(found.values())[0] if len(found) == 1 else ''
 
 
 def find_files(dataset):
     """The files of a local data set: split -> paths. A folder's parquet files, by a whole word of
     the name or of the folder they are in; a single file's companions, which differ from it in that
-    word alone."""
+    word alone. Where val and dev lie side by side only one of the two is used: so files are kept by
+    their word, not by their split."""
+    # (word, path) of each file; the word of the one that was given
     used, own = [], ''
     if os.path.isdir(dataset):
         pattern = os.path.join(glob.escape(dataset), '**', '*.parquet')
@@ -1108,12 +1165,10 @@ def find_files(dataset):
         used = used or [('train', dataset)]
     files = {}
     for split in SPLITS:
-        words = [word for word in SPLIT_WORDS if SPLIT_WORDS[word] == split]
-        # of val and dev the one that was given, else the first
-        words.sort(key=lambda word: word != own)
-        present = [word for word in words if any(word == w for w, _ in used)]
-        if present:
-            files[split] = [path for word, path in used if word == present[0]]
+        words = [w for w in SPLIT_WORDS if SPLIT_WORDS[w] == split and w in dict(used)]
+        if words:  # of val and dev the one that was given, else the first
+            word = own if own in words else words[0]
+            files[split] = [path for w, path in used if w == word]
     chosen = {path for paths in files.values() for path in paths}
     left = [os.path.relpath(path, os.path.dirname(dataset) or '.') for path in beside
             if path not in chosen]
@@ -1133,19 +1188,21 @@ def read_json_rows(path):
     try:
         rows = json.loads(text)
         rows = [rows] if isinstance(rows, dict) and 'question' in rows else rows
-    except (ValueError, RecursionError) as error:  # also a number of thousands of digits
-        rows, first = [], error
+    except (ValueError, RecursionError) as whole_file:  # also a number of thousands of digits
+        rows, first = [], whole_file
         for number, line in enumerate(text.split('\n'), 1):
             try:
                 if line.strip():
                     rows.append(json.loads(line))
             except (ValueError, RecursionError) as error:
+                # without one good line it was meant as one JSON text
                 reason = f'line {number}: {error}' if rows else str(first)
                 raise ValueError(f'{path} is neither a JSON list nor a JSON row a line ({reason})'
                                  ) from None
-    wrong = [i for i, row in enumerate(rows, 1) if not isinstance(row, dict)]
-    if not isinstance(rows, list) or wrong:
-        which = f'row {wrong[0]} is no object' if isinstance(rows, list) else 'it is one object'
+    is_list = isinstance(rows, list)
+    wrong = [i for i, row in enumerate(rows, 1) if not isinstance(row, dict)] if is_list else []
+    if wrong or not is_list:
+        which = f'row {wrong[0]} is no object' if is_list else f'it is one {type(rows).__name__}'
         raise ValueError(f'{path} is not a list of rows ({which}): expected [{{"question": ..., '
                          '"steps": [...], "answer": ...}, ...] or such a row a line')
     return rows
@@ -1157,7 +1214,7 @@ def read_raw(dataset, data_dir):
     if dataset.endswith(ENDINGS) and not os.path.isdir(dataset):
         if not os.path.isfile(dataset):
             raise FileNotFoundError(f'no data file {dataset}')
-    elif os.path.isfile(dataset):
+    elif os.path.isfile(dataset):  # of another kind
         raise ValueError(f'{dataset} is not a .jsonl, .json or .parquet file: convert it to one')
     local = os.path.exists(dataset)
     if not local and not re.fullmatch(r'[\w.-]+(?:/[\w.-]+)?', dataset):
@@ -1176,17 +1233,17 @@ def read_raw(dataset, data_dir):
         rows = read_arrow(dataset, files, data_dir)
     if list(rows) == ['train']:
         train = rows['train']
-        held = max(1, len(train) // 20)
+        held = max(1, len(train) // 20)  # 5 %
         if len(train) < 2:
             raise ValueError(f'{dataset} holds {len(train)} row(s) and no validation file stands '
                              'beside it: give two rows or more')
         print(f'no validation rows beside {dataset}: its last {held} rows are held out')
-        first = len(train) - held
+        first_held = len(train) - held
         if isinstance(train, list):
-            rows = dict(train=train[:first], validation=train[first:])
+            rows = dict(train=train[:first_held], validation=train[first_held:])
         else:
-            rows = dict(train=train.select(range(first)),
-                        validation=train.select(range(first, len(train))))
+            rows = dict(train=train.select(range(first_held)),
+                        validation=train.select(range(first_held, len(train))))
     return rows, list(dict.fromkeys(folders))
 
 
@@ -1230,7 +1287,7 @@ def name_unused(raw, dataset):
     columns = {}
     for rows in raw.values():
         names = getattr(rows, 'column_names', None)
-        for row in [dict.fromkeys(names)] if names else rows:
+        for row in [names] if names else rows:
             columns.update(dict.fromkeys(row))
     unused = [str(column) for column in columns if column not in FIELDS]
     if columns and 'question' not in columns:
@@ -1262,7 +1319,7 @@ class Split:
                 data = read_picture(fields, folders)
                 if data is not None:
                     kind, size = image_header(data)
-                    row.update(image=kind, image_size=size, bytes=len(data),
+                    row.update(ending=kind, image_size=size, bytes=len(data),
                                image_hash=hashlib.sha256(data).hexdigest()[:16])
             except Dropped as error:
                 self.drop(str(error), row, fields)
@@ -1272,27 +1329,26 @@ class Split:
                 self.rows.append((i, row))
 
     def drop(self, reason, row, fields=None, more=''):
-        path = (fields or {}).get('image_path') or (fields or {}).get('image')
+        path = (fields or {}).get('image') or (fields or {}).get('image_path')
         path = path.get('path') if isinstance(path, dict) else path
-        where = f' ({path[:60]})' if 'not there' in reason and isinstance(path, str) else ''
+        where = f' ({path[:60]})' if reason == NOT_THERE and isinstance(path, str) else ''
         self.dropped[reason].append(row['question_id'][:40] + where + more)
 
     def keep(self, condition, reason):
         """Drops the rows for which a condition does not hold."""
-        kept = [pair for pair in self.rows if condition(pair[1])]
         for _, row in self.rows:
             if not condition(row):
                 self.drop(reason, row)
-        self.rows = kept
+        self.rows = [pair for pair in self.rows if condition(pair[1])]
 
     def check(self, any_image, any_steps):
         """What can be told only when all rows are known."""
         if any_image:
-            self.keep(lambda row: 'image' in row, 'without the image that other rows have')
+            self.keep(lambda row: 'ending' in row, 'without the image that other rows have')
         bare = sum(not row['steps'] for _, row in self.rows if 'steps' in row)
         if any_steps and self.split == 'train':
-            self.keep(lambda row: row['steps'], 'without steps (nor a rationale), which nothing '
-                                                'can stand for')
+            self.keep(lambda row: row['steps'], 'without steps (nor a rationale), so that thoughts '
+                                                'have nothing to stand for')
         elif bare:
             print(f'{self.split}: {bare} of {len(self.rows)} rows have no steps: they get the full '
                   'number of thoughts of each stage')
@@ -1306,13 +1362,13 @@ class Split:
         """A file name for each image, short, portable, and of one row alone."""
         taken = set()
         for _, row in self.rows:
-            if 'image' not in row:
+            if 'ending' not in row:
                 continue
-            stem = re.sub(r'\W', '_', row['question_id'], flags=re.ASCII)[:80] or 'row'
+            stem = re.sub(r'\W', '_', row['question_id'], flags=re.ASCII)[:80]
             if stem.lower() in taken:  # another id that differs in case or signs alone
                 stem += '-' + hashlib.sha256(row['question_id'].encode()).hexdigest()[:12]
             taken.add(stem.lower())
-            row['image'] = f'images/{self.split}/{stem}.{row["image"]}'
+            row['image'] = f'images/{self.split}/{stem}.{row.pop("ending")}'
 
     def need(self, image_size, max_tiles, cache_tiles):
         """Bytes that images and tiles take."""
@@ -1330,15 +1386,15 @@ class Split:
             row.pop('bytes', None)
             if 'image' in row:
                 path = os.path.join(folder, row['image'])
-                data = read_picture(self.raw[i], self.folders)
                 try:
-                    if not cache_tiles:
-                        load_image(data)
+                    data = read_picture(self.raw[i], self.folders)
+                    load_image(data)  # nothing is written of what cannot be read
                     if not holds(path, data):
                         with replacing(path) as part, open(part, 'wb') as f:
                             f.write(data)
-                    load_tiles(row, folder, self.split, image_size, max_tiles, cache_tiles)
-                except ValueError as error:
+                    if cache_tiles:
+                        load_tiles(row, folder, self.split, image_size, max_tiles)
+                except (ValueError, Dropped) as error:
                     self.drop('with an unreadable image', row, more=f' ({error})')
                     continue
             kept.append((i, row))
@@ -1369,7 +1425,7 @@ def prepare(raw, folders, data_dir, steps_from, max_latent_stage, image_size, ma
     splits = [Split(rows, split, folders, steps_from, max_latent_stage)
               for split, rows in raw.items()]
     every = [row for split in splits for _, row in split.rows]
-    any_image = any('image' in row for row in every)
+    any_image = any('ending' in row for row in every)
     any_steps = any(row.get('steps') for row in every)
     for split in splits:
         split.check(any_image, any_steps)
@@ -1384,10 +1440,10 @@ def prepare(raw, folders, data_dir, steps_from, max_latent_stage, image_size, ma
     for split in splits:
         split.write_images(data_dir, image_size, max_tiles, cache_tiles)
         split.report()
-    return {split.split: [row for _, row in split.rows] for split in splits}
+    return {one.split: [row for _, row in one.rows] for one in splits}
 
 
-def train_tokenizer(texts, folder, vocab_size=512):
+def train_tokenizer(texts, folder, vocab_size=512):  # 256 bytes, special tokens, some merges
     """A byte-level BPE tokenizer with InternVL's and Coconut's special tokens, in transformers'
     format."""
     tokenizer = Tokenizer(models.BPE())
@@ -1427,12 +1483,14 @@ if __name__ == '__main__':
     except OSError as error:
         raise OSError(f'data_dir={data_dir!r} cannot be a folder ({error.strerror}): give '
                       'another') from None
-    if dataset in ('toy', 'prosqa'):
+    if dataset in ('toy', 'words', 'prosqa'):
         from experiments import toy
         counts = dict(train=train_rows, validation=val_rows, test=test_rows)
         folders = []
         if dataset == 'toy':
             raw = toy.draw(counts, seed, hops)
+        elif dataset == 'words':
+            raw = toy.draw_words(counts, seed, hops)
         else:
             raw = toy.draw_graphs(counts, seed, nodes)
     else:
@@ -1448,9 +1506,8 @@ if __name__ == '__main__':
         if 'train' not in prepared:
             raise ValueError(f'{dataset} has no training rows, and init_from=scratch trains a '
                              'tokenizer on them: give a file or folder with some')
-        texts = ((fill(prompt, row), '\n'.join(row['steps']), fill(answer, row))
-                 for row in prepared['train'])
-        train_tokenizer((text for row in texts for text in row),
-                        os.path.join(data_dir, 'tokenizer'))
+        texts = (text for row in prepared['train']
+                 for text in (fill(prompt, row), '\n'.join(row['steps']), fill(answer, row)))
+        train_tokenizer(texts, os.path.join(data_dir, 'tokenizer'))
     write_splits(prepared, data_dir)
     print(f'prepared {data_dir}')

@@ -1376,7 +1376,7 @@ def test_two_rows_never_share_a_file(tmp_path):
                          (('a.json', '[{"question": "é"}]'.encode('latin-1'), 'is not UTF-8 text'),
                           ('a.jsonl', b'{"question": "a"}\n{"question": \n',
                            r'neither a JSON list nor a JSON row a line \(line 2'),
-                          ('a.json', b'{"data": []}', r'is not a list of rows \(it is one object'),
+                          ('a.json', b'{"data": []}', r'is not a list of rows \(it is one dict'),
                           ('a.jsonl', b'{"question": 1}\n[1]\n', 'row 2 is no'),
                           ('a.csv', b'question\n', 'is not a .jsonl, .json or .parquet'),
                           ('a.jsonl', b'{"question": "a", "answer": "b"}', 'holds 1 row'),

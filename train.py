@@ -3,7 +3,7 @@ Trains MultiCoCo through its curriculum: stage 0 writes every step, stage k hide
 thoughts.
 
     python train.py config/toy.py                            the built-in data set, minutes on a CPU
-    python train.py config/toy.py --dry_run=True             what that will do, a row a stage
+    python train.py config/toy.py --dry_run=True             what that will do, a row of each stage
     python train.py config/toy.py --init_from=resume         goes on where it was stopped or killed
     python train.py config/aokvqa.py --max_latent_stage=4    InternVL3-1B on A-OKVQA
     torchrun --standalone --nproc_per_node=8 train.py config/aokvqa.py    the same on 8 GPUs
@@ -41,7 +41,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # now, since DDP imports it and it would keep a group that is there
+import torch.distributed.nn  # before a group is there: its default arguments would hold it
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure
@@ -49,12 +49,12 @@ from model import END_LATENT, IMG_CONTEXT, LATENT, START_LATENT, Config, MultiCo
 from model import load_checkpoint, load_tokenizer, read_checkpoint
 from prepare import ANSWER, PROMPT, Rows, batches, build_text, check_round_trip, digest
 from prepare import fitting_rows, frame_of, micro_batches, read_split, replacing, split_file
-from prepare import supervised
+from prepare import count_supervised
 from sample import ask, describe, peak_memory, pick_device, pick_dtype, summarize
 
 # --- knobs: data ----------------------------------------------------------------------------------
 data_dir = 'data/aokvqa'        # what prepare.py made
-max_tiles = 8                   # as prepared, or tiles are cut anew
+max_tiles = 8                   # an image; another number than prepare.py's cuts tiles anew
 image_size = 448                # side of a tile in pixels, for init_from='scratch'
 cache_tiles = True
 max_length = 2560               # tokens; rows that need more are dropped and counted
@@ -74,6 +74,7 @@ epochs_last_stage = 0           # epochs of an optional last stage that hides al
 start_stage = 0                 # begin here, from a checkpoint that has learnt the stages before
 pad_latent_to_max = True        # the same number of thoughts in rows with fewer steps
 uniform_prob = 0.0              # chance that a row is trained at a random earlier stage
+teach_thoughts = 0.0            # weight of a thought's cross entropy with its step's result
 reset_optimizer = True          # a fresh optimizer, warm-up and cosine in every stage
 # model
 init_from = 'OpenGVLab/InternVL3-1B-Pretrained'  # hub id, folder, .pt, 'scratch' or 'resume'
@@ -109,7 +110,7 @@ device = 'auto'                 # 'auto', 'cpu', 'cuda', 'mps'
 dtype = 'auto'                  # 'auto', 'float32', 'bfloat16' (autocast, weights stay float32)
 threads = 0                     # CPU threads; 0 for torch's choice
 seed = 1337
-max_steps = 0                   # optimizer steps in all; 0 for all
+max_steps = 0                   # end after so many optimizer steps; 0 for the whole schedule
 save_every = 500                # steps between writes of last.pt inside an epoch; 0 for none
 keep_epochs = 1                 # so many epoch_{k}.pt stay; those that end a stage always do
 overwrite = False               # let go of the run that out_dir holds
@@ -126,8 +127,7 @@ wandb_run_name = ''             # '' for the last part of out_dir
 FREE = ('data_dir', 'out_dir', 'init_from', 'device', 'threads', 'num_workers', 'micro_batch_size',
         'activation_checkpointing', 'cache_tiles', 'max_steps', 'save_every', 'keep_epochs',
         'overwrite', 'dry_run', 'eval_only', 'eval_batch_size', 'log_interval', 'wandb',
-        'wandb_project',
-        'wandb_run_name')
+        'wandb_project', 'wandb_run_name')
 
 
 class Stage(NamedTuple):
@@ -141,8 +141,7 @@ class Stage(NamedTuple):
 
 
 def preview(now, row_knobs, text_knobs, rates, uniform_prob):
-    """Prints one Stage as it will be trained and asked; rates: the learning rate of each of its
-    steps."""
+    """Prints a Stage as it will be trained and asked; rates: the learning rate of each step."""
     tokenizer = row_knobs['tokenizer']
 
     def text(ids):
@@ -155,18 +154,19 @@ def preview(now, row_knobs, text_knobs, rates, uniform_prob):
         return f'{low}' if low == high else f'{low} to {high}'
 
     texts = [build_text(row, now.stage, **text_knobs) for row in now.rows]
-    answer_lines = 1 + text_knobs['answer'].count('\n')
+    answer_line_ends = text_knobs['answer'].count('\n')
     thoughts = span([count for _, count, _ in texts])
-    written = span([len(target.split('\n')) - answer_lines for _, _, target in texts])
+    # each step ends in a line end, the answer comes last
+    written = span([target.count('\n') - answer_line_ends for _, _, target in texts])
     mixed = ''
     if uniform_prob and now.stage:
         mixed = f', each row with chance {uniform_prob:g} at an earlier stage'
     row = Rows(now.rows, 'train', now.stage, **row_knobs)[0]
-    asked = Rows(now.validation, 'validation', now.stage, supervised=False, **row_knobs)
-    asked = asked[0]['input_ids']
-    ids, start = row['input_ids'], row['labels'].count(-100)
+    asked = Rows(now.validation, 'validation', now.stage, supervised=False,
+                 **row_knobs)[0]['input_ids']
+    ids, start = row['input_ids'], row['labels'].count(-100)  # -100 stands on the prompt, in front
     print(f'\nstage {now.stage}: {now.epochs} epochs of {now.steps} steps, {len(now.rows)} rows, '
-          f'{thoughts} thoughts, {written} steps in words, learning rate {rates[0]:.1e} to '
+          f'{thoughts} thoughts, {written} steps written out, learning rate {rates[0]:.1e} to '
           f'{max(rates):.1e} to {rates[-1]:.1e}{mixed}\n'
           f'--- training row {now.rows[0]["question_id"]}, {len(ids)} tokens; supervised is what '
           f'stands in [[ ]]\n{text(ids[:start])}[[{text(ids[start:])}]]\n'
@@ -175,8 +175,7 @@ def preview(now, row_knobs, text_knobs, rates, uniform_prob):
 
 
 def newest_whole_epoch(out_dir):
-    """Words that name the newest epoch_{k}.pt that is whole, for a run whose last.pt is not; '' for
-    none."""
+    """Names the newest epoch_{k}.pt that can be read, for an error about last.pt; '' if none."""
     paths = glob.glob(os.path.join(out_dir, 'epoch_*.pt'))
     for path in sorted(paths, key=os.path.getmtime, reverse=True):
         try:
@@ -222,11 +221,11 @@ def draw_curves(path, metrics):
     low.semilogy(steps, [event['loss'] for event in evaluated], 'o', ms=3, label='validation')
     low.set(ylabel='loss', xlabel='optimizer steps')
     low.legend(fontsize=7)
-    last_step = {event['stage']: event['step'] for event in evaluated}
-    for stage, end in last_step.items():
-        top.text(end, 4, f'stage {stage} ', ha='right', fontsize=7)
-        top.axvline(end, color='grey', lw=0.5)
-        low.axvline(end, color='grey', lw=0.5)
+    stage_ends = {event['stage']: event['step'] for event in evaluated}
+    for stage, x in stage_ends.items():
+        top.text(x, 4, f'stage {stage} ', ha='right', fontsize=7)
+        top.axvline(x, color='grey', lw=0.5)
+        low.axvline(x, color='grey', lw=0.5)
     with replacing(path) as part:
         figure.savefig(part, dpi=120, format='png')
     plt.close(figure)
@@ -239,7 +238,8 @@ if __name__ == '__main__':  # data workers import this file again where processe
     world = int(os.environ.get('WORLD_SIZE', 1))
     if rank:
         sys.stdout = open(os.devnull, 'w')
-    globals().update(knobs := configure(globals()))
+    knobs = configure(globals())  # of the names assigned at the top level above, not of rank, world
+    globals().update(knobs)
     at_least_1 = ('batch_size', 'eval_batch_size', 'log_interval', 'max_new_tokens', 'max_tiles')
     for key, value in knobs.items():
         least = 1 if key in at_least_1 else 0
@@ -259,12 +259,13 @@ if __name__ == '__main__':  # data workers import this file again where processe
                          f'rank(s) with micro-batches of {micro}; change one of them')
     text_knobs = dict(mode=mode, c_thought=c_thought, max_latent_stage=max_latent_stage,
                       prompt=prompt, answer=answer, pad_latent_to_max=pad_latent_to_max,
+                      # 'chat' needs the tokenizer: 'plain' holds its place until that is loaded
                       template='plain' if template == 'chat' else template,
                       visual_bridge=visual_bridge)
     splits = ['validation']
     if os.path.isfile(split_file(data_dir, 'test')):
         splits.append('test')
-    # refuses before a model is there
+    # called for its checks, before a model is loaded
     build_text(read_split(data_dir, 'validation')[0], 0, **text_knobs)
     for split in (splits if eval_only else ['train', *splits]):
         check_round_trip(read_split(data_dir, split), answer)
@@ -274,8 +275,7 @@ if __name__ == '__main__':  # data workers import this file again where processe
                          'it by --init_from=resume, choose another --out_dir, or let go of it by '
                          '--overwrite=True')
     if wandb and not importlib.util.find_spec('wandb'):
-        raise ValueError('wandb=True, but wandb is not installed: pip install wandb, or leave it '
-                         'out')
+        raise ValueError('wandb=True, but wandb is not installed: pip install wandb')
     if world > 1:
         dist.init_process_group('cpu:gloo,cuda:nccl' if device == 'cuda' else 'gloo')
     random.seed(seed)
@@ -283,17 +283,16 @@ if __name__ == '__main__':  # data workers import this file again where processe
     torch.manual_seed(seed)
 
     def all_ranks(value):
-        """What each rank gave, in a list. Numbers of the host stay there: no GPU is waited for."""
+        """What each rank gave, in a list. It goes from CPU to CPU: no GPU is waited for."""
         values = [value] * world
         if world > 1:
             dist.all_gather_object(values, value)
         return values
 
     def end(code=0):
-        """Ends the script, and first the group of ranks: its threads may not outlive the
-        interpreter."""
-        global network  # the DDP wrapper, made below
-        network = None  # the threads end with the last reference to the group
+        """Ends the script, and first the group of ranks, whose threads may not outlive Python."""
+        global network
+        network = None  # the DDP wrapper made below: no reference to the group may stay
         if world > 1:
             dist.destroy_process_group()
         raise SystemExit(code)
@@ -308,30 +307,31 @@ if __name__ == '__main__':  # data workers import this file again where processe
                         latent_token_id=tokenizer.convert_tokens_to_ids(LATENT),
                         eos_token_ids=(tokenizer.eos_token_id,), **shape)
         model = MultiCoCo(config)
-        # the markers start as copies of the line end, which the model will know when thoughts come
-        # in
+        # both markers start where the line end does: a marker ends the question as a line end ends
+        # a step, and embeddings move little, so stage 0 teaches something of them
         line_end = tokenizer.encode('\n', add_special_tokens=False)[-1]
         embeddings = model.language_model.model.embed_tokens.weight.data
         for marker in tokenizer.convert_tokens_to_ids([START_LATENT, END_LATENT]):
-            embeddings[marker] = embeddings[line_end].clone()
+            embeddings[marker] = embeddings[line_end]
     elif init_from == 'resume':
         try:
             model, tokenizer, saved = load_checkpoint(last_path)
         except (ValueError, FileNotFoundError) as error:
             raise OSError(f'{error}{newest_whole_epoch(out_dir)}') from None
-        if 'optimizer' not in saved:
+        if 'optimizer' not in saved:  # a copy of best.pt, say
             raise ValueError(f'{last_path} holds no optimizer state: start a stage from it, with '
-                             f'--init_from=FILE --start_stage={saved["stage"]} and another '
+                             f'--init_from={last_path} --start_stage={saved["stage"]} and another '
                              '--out_dir')
     else:
         model, tokenizer, saved = load_checkpoint(init_from)
     config = model.config
     text_knobs['template'] = frame_of(template, tokenizer)
-    # on a CPU bfloat16 is for models that come in it, and for what was trained so
+    # 'auto' on a CPU: bfloat16 for checkpoints trained in it and (saved is {}) for others' models
     in_bfloat16 = saved['knobs']['dtype'] == 'bfloat16' if saved else init_from != 'scratch'
     dtype = knobs['dtype'] = pick_dtype(dtype, device, on_cpu=in_bfloat16)
     autocast = torch.autocast(device, torch.bfloat16) if dtype == 'bfloat16' else nullcontext()
     model.to(device).set_activation_checkpointing(activation_checkpointing)
+    # what replaces each thought before it is fed back
     edit_thought = model.as_pause if mode == 'pause' else None
     modules = dict(language=model.language_model)
     if config.vision_num_layers:
@@ -357,17 +357,15 @@ if __name__ == '__main__':  # data workers import this file again where processe
         versions={'python': platform.python_version(),
                   **{p: importlib.metadata.version(p)
                      for p in ('torch', 'transformers', 'tokenizers', 'timm', 'numpy')}})
-    run_path, starts = os.path.join(out_dir, 'run.json'), []  # starts: provenance of each
+    run_path, starts = os.path.join(out_dir, 'run.json'), []  # the provenance of earlier starts
     if os.path.isfile(run_path) and (eval_only or init_from == 'resume'):
         with open(run_path) as f:
             starts = json.load(f)
 
     # --- state: all that a resume needs, besides model and optimizer ------------------------------
     epoch = place = step = 0     # whole epochs done, batches of the next one, optimizer steps
-    stage = 0
     accuracy, best = 0.0, None   # latest validation accuracy; [stage, accuracy, -loss] of best.pt
-    # of this epoch's steps, for its file: loss, gradient norm, tokens, ...
-    sums = Counter()
+    sums = Counter()             # over this epoch's steps: loss, gradient norm, tokens, ...
     seconds_before = 0.0         # of this run, before it was resumed
     wandb_id = os.urandom(4).hex()
     started = time.time()
@@ -378,13 +376,17 @@ if __name__ == '__main__':  # data workers import this file again where processe
     # --- files and logs: written by rank 0 alone --------------------------------------------------
     wandb_run = None
 
-    def write(name, content, mode='w'):
+    def write(name, content):
+        """bytes as they are, anything else as JSON; `replacing` makes the folder."""
         if not rank:
-            with replacing(os.path.join(out_dir, name)) as part, open(part, mode) as f:
-                f.write(content if mode == 'wb' else json.dumps(content, indent=1))
+            if not isinstance(content, bytes):
+                content = json.dumps(content, indent=1).encode()
+            with replacing(os.path.join(out_dir, name)) as part, open(part, 'wb') as f:
+                f.write(content)
 
     def log(event, **values):
-        """One line of metrics.jsonl, and the same numbers to wandb with the step as their axis."""
+        """One line of metrics.jsonl, and the same numbers to wandb with the step as their axis (the
+        final report is of best.pt's step, and wandb's may not go back)."""
         if rank:
             return
         line = dict(event=event, step=step, stage=stage, epoch=epoch, time=round(elapsed(), 2),
@@ -395,7 +397,7 @@ if __name__ == '__main__':  # data workers import this file again where processe
             numbers = {k: v for k, v in line.items() if isinstance(v, (int, float)) and k != 'step'}
             name = f'{event}/{values["split"]}' if 'split' in values else event
             wandb_run.log({f'{name}/{k}': v for k, v in numbers.items()},
-                          step=max(step, wandb_run.step))  # best.pt's is an earlier one
+                          step=max(step, wandb_run.step))
 
     # --- evaluation -------------------------------------------------------------------------------
     row_knobs = dict(tokenizer=tokenizer, data_dir=data_dir, image_size=config.image_size,
@@ -415,8 +417,7 @@ if __name__ == '__main__':  # data workers import this file again where processe
         order."""
         model.eval()
         cuts = math.ceil(len(rows) / eval_batch_size)
-        groups = np.array_split(np.arange(len(rows)), cuts)[rank::world]
-        groups = [group.tolist() for group in groups]
+        groups = [g.tolist() for g in np.array_split(np.arange(len(rows)), cuts)[rank::world]]
         answers, losses, seconds = [], [], 0.0
         asked = Rows(rows, split, stage, supervised=False, **row_knobs)
         for group, found, took in ask(model, tokenizer, asked, groups, answer, autocast, loading,
@@ -428,7 +429,7 @@ if __name__ == '__main__':  # data workers import this file again where processe
         if all('answer' in row for row in rows):
             with_answers = Rows(rows, split, stage, **row_knobs)
             for group, batch in zip(groups, batches(with_answers, groups, **loading)):
-                n = supervised(batch)
+                n = count_supervised(batch)
                 with autocast:
                     loss = model(**batch, edit_thought=edit_thought).loss.item()
                 losses.append((group[0], loss * n, n))
@@ -440,7 +441,8 @@ if __name__ == '__main__':  # data workers import this file again where processe
         return metrics, [found for _, found in answers]
 
     def report():
-        """The whole validation split, and test, with the answers and A-OKVQA's prediction files."""
+        """Evaluates validation, and test where there is one; writes the answers and A-OKVQA's
+        prediction files."""
         for split in splits:
             rows = fitting_rows(split, stage, **row_knobs)
             metrics, answers = evaluate(rows, split)
@@ -455,7 +457,7 @@ if __name__ == '__main__':  # data workers import this file again where processe
                     print(f'{split}: in predictions_{split}.json {metrics["unparsed"]} answers '
                           'that say no option stand as the first one')
 
-    if eval_only:
+    if eval_only and not dry_run:
         write('run.json', [*starts, provenance])
         stage = saved.get('stage', 0)  # a checkpoint of another origin writes its steps
         trained = saved.get('knobs', {})
@@ -480,22 +482,22 @@ if __name__ == '__main__':  # data workers import this file again where processe
         if k < start_stage or not count:
             continue
         rows = fitting_rows('train', k, uniform_prob=uniform_prob, **row_knobs)
-        stages.append(Stage(k, count, rows, fitting_rows('validation', k, **row_knobs),
-                            math.ceil(len(rows) / batch_size), total_steps,
-                            learning_rate if k else learning_rate_stage0 or learning_rate))
+        stages.append(Stage(stage=k, epochs=count, rows=rows, first_step=total_steps,
+                            validation=fitting_rows('validation', k, **row_knobs),
+                            steps=math.ceil(len(rows) / batch_size),
+                            peak=learning_rate if k else learning_rate_stage0 or learning_rate))
         total_steps += stages[-1].steps * count
     if not stages:
         raise ValueError('the schedule has no epoch: set epochs_stage0 or epochs_per_stage')
     if 'test' in splits:
-        # a split that cannot be asked is said now
+        # called for its checks: a split without a row that fits is refused now, not in the end
         fitting_rows('test', stages[-1].stage, **row_knobs)
     stage_of_epoch = [now for now in stages for _ in range(now.epochs)]
-    stage = stages[0].stage
+    stage = stages[0].stage  # a number; a Stage is called now
     last_step = min(total_steps, max_steps or total_steps)
 
     def learning_rate_at(step, now):
-        """Linear warm-up, then a cosine to min_lr_ratio of the peak: over a stage, or the whole
-        run."""
+        """Linear warm-up, then a cosine to min_lr_ratio of the peak, over a stage or the run."""
         done, total = step, total_steps
         if reset_optimizer:
             done, total = step - now.first_step, now.steps * now.epochs
@@ -506,7 +508,7 @@ if __name__ == '__main__':  # data workers import this file again where processe
         return now.peak * (min_lr_ratio + (1 - min_lr_ratio) * cosine)
 
     def new_optimizer():
-        """AdamW; weight decay on all but biases and norms."""
+        """AdamW; weight decay on matrices only."""
         trained = [p for p in model.parameters() if p.requires_grad]
         groups = [dict(params=[p for p in trained if p.dim() >= 2]),
                   dict(params=[p for p in trained if p.dim() < 2], weight_decay=0.0)]
@@ -514,7 +516,7 @@ if __name__ == '__main__':  # data workers import this file again where processe
                                  weight_decay=weight_decay, fused=device != 'mps')
 
     optimizer = new_optimizer()
-    sample_rows = Rows(stages[0].rows[:64], 'train', stage, **row_knobs)
+    sample_rows = Rows(stages[0].rows[:64], 'train', stage, **row_knobs)  # enough for an estimate
     scale = batch_size / len(sample_rows)
     tokens = sum(sample_rows.length(i) for i in range(len(sample_rows))) * scale
     images = sum('image' in row for row in sample_rows.rows) * scale
@@ -551,6 +553,7 @@ if __name__ == '__main__':  # data workers import this file again where processe
             lines = f.read()[:saved['log_size']]  # what came after will be logged again
         print(f'resumed in stage {stage} after {epoch} epochs, {step} steps')
     saved = None  # frees its copy of weights and optimizer
+    all_ranks('loaded')  # init_from may be one of the files that are removed here
     if not rank:
         patterns = ['*.part']  # what a killed process was writing
         if init_from != 'resume':  # with overwrite: the earlier run
@@ -559,16 +562,16 @@ if __name__ == '__main__':  # data workers import this file again where processe
         for pattern in patterns:
             for path in glob.glob(os.path.join(out_dir, pattern)):
                 os.remove(path)
-    write('metrics.jsonl', lines, 'wb')
+    write('metrics.jsonl', lines)
     write('run.json', [*starts, provenance])
     if wandb and not rank:
-        wandb_run = importlib.import_module('wandb').init(
+        wandb_run = importlib.import_module('wandb').init(  # by name, as the knob has the name too
             project=wandb_project, id=wandb_id, resume='allow',
             name=wandb_run_name or os.path.basename(os.path.abspath(out_dir)),
             dir=out_dir, config=knobs)
 
     def save(name, resumable=False):
-        """Weights and what an evaluation needs; for a resume optimizer and all state as well."""
+        """Weights and what an evaluation needs and, for a resume, the optimizer and all state."""
         if rank:
             return
         content = dict(model=model.state_dict(), config=asdict(config), knobs=knobs,
@@ -577,7 +580,7 @@ if __name__ == '__main__':  # data workers import this file again where processe
                        stage=stage, epoch=epoch, step=step, accuracy=accuracy)
         # the workers have no random state: a row's draw depends on seed, epoch and row
         if resumable:
-            kind, keys, *rest = np.random.get_state()
+            kind, keys, *rest = np.random.get_state()  # keys: as a list, no array is read back
             content.update(
                 optimizer=optimizer.state_dict(), place=place, best=best, sums=dict(sums),
                 data=data, elapsed=elapsed(), wandb_id=wandb_id,
@@ -589,8 +592,7 @@ if __name__ == '__main__':  # data workers import this file again where processe
             os.fsync(f.fileno())
 
     def stop(signum, frame):
-        """SIGTERM and Ctrl-C: the loop saves after the step in hand and ends; again, it ends at
-        once."""
+        """SIGTERM, Ctrl-C: the loop saves after the step in hand and ends; again: ends at once."""
         signals.append(signum)
         signal.signal(signum, signal.SIG_DFL)
 
@@ -606,30 +608,31 @@ if __name__ == '__main__':  # data workers import this file again where processe
         save('last.pt', resumable=True)  # from here on the run can be killed at any moment
 
     # --- the loop ---------------------------------------------------------------------------------
-    # place > 0: this epoch is trained in part or whole, but not evaluated
+    # place > 0 with no step left: killed in its evaluation, or ended by max_steps inside the epoch.
+    # It is then only evaluated, and the break below ends the loop
     while epoch < len(stage_of_epoch) and (step < last_step or place):
         now = stage_of_epoch[epoch]
-        if now.stage != stage:
-            stage = now.stage
-            if reset_optimizer:
-                optimizer = new_optimizer()
+        if now.stage != stage and reset_optimizer:
+            optimizer = new_optimizer()
+        stage = now.stage
         order = np.random.default_rng((seed, epoch)).permutation(len(now.rows)).tolist()
         groups = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
         # a rank without rows takes one that counts 0, so that DDP stays in step
         own = [group[rank::world] or group[:1] for group in groups]
         training = Rows(now.rows, 'train', stage, uniform_prob=uniform_prob, epoch=epoch,
-                        **row_knobs)
+                        teach=teach_thoughts > 0, **row_knobs)
         model.train()
         meter, since = Counter(), time.time()
-        waiting = since
+        step_began = since
         for batch in batches(training, own[place:place + max(0, last_step - step)], **loading):
-            meter['wait'] += time.time() - waiting
+            meter['wait'] += time.time() - step_began
             has_rows = rank < len(groups[place])
-            counts = np.array([supervised(batch), int(batch['attention_mask'].sum()),
-                               int((batch['num_tiles'] > 0).sum())]) * has_rows
+            taught = batch.get('thought_labels', torch.empty(0)) >= 0
+            counts = np.array([count_supervised(batch), int(batch['attention_mask'].sum()),
+                               int((batch['num_tiles'] > 0).sum()), int(taught.sum())]) * has_rows
             gathered = all_ranks((counts, len(signals)))
-            total, tokens, images = sum(count for count, _ in gathered).tolist()
-            if any(asked for _, asked in gathered):
+            total, tokens, images, taught = sum(count for count, _ in gathered).tolist()
+            if any(count for _, count in gathered):
                 save('last.pt', resumable=True)
                 leave()
             lr = learning_rate_at(step, now)
@@ -639,19 +642,28 @@ if __name__ == '__main__':  # data workers import this file again where processe
             parts = micro_batches(batch, micro)
             for part in parts:
                 # each supervised token counts the same
-                weight = has_rows * supervised(part) / total
-                last_part = network is model or part is parts[-1]
-                with nullcontext() if last_part else network.no_sync():
+                weight = has_rows * count_supervised(part) / total
+                targets = part.pop('thought_labels', None)
+                hold = network is not model and part is not parts[-1]
+                with network.no_sync() if hold else nullcontext():
                     with autocast:
                         out = network(**part, edit_thought=edit_thought)
-                    (out.loss * weight * world).backward()  # the wrapper takes the ranks' mean
+                    objective = out.loss * weight
+                    if taught:  # what the head says at a thought, beside the result of its step
+                        with autocast:
+                            says = model.language_model.lm_head(out.thoughts)   # [B, n, V]
+                        teaching = torch.nn.functional.cross_entropy(
+                            says.float().flatten(0, 1),
+                            targets[:, :says.shape[1]].flatten().to(device),
+                            ignore_index=-100, reduction='sum')
+                        objective = objective + teach_thoughts * has_rows * teaching / taught
+                    (objective * world).backward()  # the wrapper takes the ranks' mean
                 loss = loss + out.loss.detach() * weight
                 correct = correct + model.num_correct * has_rows / total
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-            # the wait for the device
+            # here the host waits for the device
             loss, correct, norm = torch.stack((loss, correct, norm)).tolist()
-            gathered = all_ranks((loss, correct))
-            loss, correct = sum(one for one, _ in gathered), sum(one for _, one in gathered)
+            loss, correct = np.sum(all_ranks((loss, correct)), axis=0).tolist()
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 names = ', '.join(str(now.rows[i]['question_id']) for i in groups[place])
                 raise ValueError(f'the loss is {loss} and the gradient norm {norm} in step '
@@ -661,11 +673,12 @@ if __name__ == '__main__':  # data workers import this file again where processe
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step, place = step + 1, place + 1
-            meter.update(tokens=tokens, images=images)
+            meter.update(tokens=tokens, images=images)  # a Counter's update adds
             sums.update(steps=1, loss=loss, grad_norm=norm, tokens=tokens, images=images)
             if step % log_interval == 0 or step == last_step:
                 seconds = time.time() - since
                 embeddings = model.language_model.model.embed_tokens.weight.norm(dim=-1).mean()
+                # size of a fed-back thought over that of an embedding, in the last micro-batch
                 fed = out.thoughts.detach().norm(dim=-1)                        # [B, n]
                 ratio = (fed[fed > 0].mean() / embeddings).item() if fed.any() else 0.0
                 v = dict(loss=loss, token_accuracy=correct, lr=lr, grad_norm=norm,
@@ -681,22 +694,23 @@ if __name__ == '__main__':  # data workers import this file again where processe
                       f'{v["memory_gb"]:5.2f} GB | ETA {eta // 60:3d}m{eta % 60:02d}s', flush=True)
                 log('train', **v)
                 meter, since = Counter(), time.time()
-            sums['seconds'] += time.time() - waiting
+            sums['seconds'] += time.time() - step_began  # saves and evaluations do not count
             if save_every and step % save_every == 0 and place < len(groups):
                 save('last.pt', resumable=True)  # at the epoch's end it is saved anyway
-            waiting = time.time()
-        save('last.pt', resumable=True)  # before the evaluation: a kill there costs nothing but it
+            step_began = time.time()
+        save('last.pt', resumable=True)  # a kill in the evaluation costs only the evaluation
         metrics, answers = evaluate(now.validation, 'validation')
         whole, accuracy = place == len(groups), metrics['accuracy']
         if whole:
             epoch, place = epoch + 1, 0
-        print(f'epoch {epoch:3d} | stage {stage} | {describe(metrics)}', flush=True)
+        print(f'epoch {epoch + (not whole):3d} | stage {stage} | {describe(metrics)}', flush=True)
         for row, found in zip(now.validation[:2], answers):
             print(f'  asked {row["question"][-100:]!r}, written {found["text"][-160:]!r}, right is '
                   f'{row["answer"]!r}', flush=True)
         log('eval', **metrics)
         key = [stage, accuracy, -metrics['loss']]
-        # inside an epoch max_steps may end a run; resumed, it is as if that had not been
+        # only whole epochs compete; a part of one counts where there is no best.pt yet, for the
+        # report (last.pt, saved above, does not know of it)
         if best is None or (whole and key >= best):
             best = key
             save('best.pt')
@@ -708,7 +722,7 @@ if __name__ == '__main__':  # data workers import this file again where processe
                 tokens_per_s=sums['tokens'] / seconds, images_per_s=sums['images'] / seconds))
             sums = Counter()
             save(f'epoch_{epoch}.pt')
-            # those that end a stage always stay
+            # epoch k is stage_of_epoch[k - 1]; it stays where the next is of another stage, or none
             for k in range(1, min(epoch - keep_epochs + 1, len(stage_of_epoch))):
                 path = os.path.join(out_dir, f'epoch_{k}.pt')
                 if stage_of_epoch[k - 1] is stage_of_epoch[k] and os.path.isfile(path) and not rank:
@@ -717,7 +731,7 @@ if __name__ == '__main__':  # data workers import this file again where processe
         if not rank and (step >= last_step or stage_of_epoch[epoch].stage != stage):
             draw_curves(os.path.join(out_dir, 'curves.png'), os.path.join(out_dir, 'metrics.jsonl'))
         if step >= last_step:
-            break
+            break  # place may still be > 0
 
     # --- what came out ----------------------------------------------------------------------------
     all_ranks('here')  # none goes on before best.pt is whole

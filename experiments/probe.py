@@ -36,7 +36,8 @@ test asks whether the rows that only one of two runs has right fall to either si
 does.
 
 Writes beside the checkpoint probe_{split}.json, one record a change (name, accuracy, clean, rows,
-p, ...), and thoughts_{split}.json and .png, what the thoughts say.
+p, ...), thoughts_{split}.json and .png, what the thoughts say, and for each patch a picture of the
+first row's two chains, patch_{K}_{split}.png.
 """
 import json
 import math
@@ -51,7 +52,8 @@ import torch.nn.functional as F
 
 from configurator import configure
 from model import load_checkpoint
-from prepare import Rows, digest, fitting_rows, frame_of, read_split, replacing, split_file
+from prepare import LETTERS, Rows, digest, fitting_rows, frame_of, load_image, read_split
+from prepare import replacing, split_file
 from sample import ask, describe, pick_device, pick_dtype, summarize
 
 # --- knobs ----------------------------------------------------------------------------------------
@@ -459,6 +461,45 @@ def draw_thoughts(path, model, tokenizer, thoughts, rows, table):
     save(figure, path)
 
 
+def draw_patch(path, row, number, step, place, before, after, image=None):
+    """A row's chain of places, and below it the one that begins where thought `number` was
+    exchanged: its step then arrives at `place`, and the row's own map leads on. before, after: the
+    answers written. image: the row's, or None."""
+    start = re.findall(r'\w+', row['question'].split('\n')[-1])[-1]
+    start = start if any(source == start for source, _ in row['edges']) else ''
+    chain = [start, *places_of(row)]
+    turned = [place]
+    while len(turned) < len(chain) - step:
+        turned.append(continued(row, len(places_of(row)) - 1, turned[-1]))
+    figure, axes = pyplot().subplots(1, 2 if image else 1, figsize=(9, 2.7), squeeze=False,
+                                     layout='constrained', width_ratios=[1, 3] if image else [1])
+    if image:
+        axes[0, 0].imshow(image, interpolation='nearest')
+        axes[0, 0].axis('off')
+    axis = axes[0, -1]
+    for y, names, first in ((1, chain, 0), (0, turned, step)):
+        for x, name in enumerate(names, first):
+            known = pyplot().matplotlib.colors.is_color_like(name)
+            axis.scatter(x, y, s=900, color=name if known else 'lightgrey', edgecolors='black')
+            axis.text(x, y - 0.42, literal(name), ha='center', fontsize=9)
+            if x > first:
+                axis.annotate('', (x - 0.2, y), (x - 0.8, y), arrowprops=dict(arrowstyle='->'))
+    axis.annotate('', (step, 0.27), (step, 0.5),
+                  arrowprops=dict(arrowstyle='->', lw=2, color='tab:red'))
+    end = len(chain) - 0.6
+    axis.text(end, 1, f'written: {literal(before)!r}', va='center', fontsize=9)
+    axis.text(end, 0, f'written: {literal(after)!r}', va='center', fontsize=9, color='tab:red')
+    other = 'image' if image else 'row'
+    axis.text(step - 0.25, 0, f'thought {number}\nof another\n{other}', va='center', ha='right',
+              fontsize=9, color='tab:red')
+    options = [f'{letter} {option}' for letter, option in zip(LETTERS, row.get('choices') or ())]
+    title = '     '.join([row['question'][-60:], *options])
+    axis.set(xlim=(-0.5, len(chain) + 1), ylim=(-0.7, 1.5))
+    axis.set_title(literal(title), fontsize=10)
+    axis.axis('off')
+    save(figure, path)
+
+
 if __name__ == '__main__':
     globals().update(configure(globals()))
     expand(intervene)
@@ -668,6 +709,13 @@ if __name__ == '__main__':
             more['ways'] = dict(kinds)
             parts = [f'{kind} {count}' for kind, count in kinds.most_common()]
             print(f'{"":>{len(split)}}  {name:<12} {", ".join(parts)}')
+        if name.startswith('patch_'):
+            i = next(i for i, wanted in enumerate(predicted) if wanted is not None)
+            image = rows[i].get('image') and load_image(os.path.join(data_dir, rows[i]['image']))
+            place = places_of(rows[int(donors[i])])[step - 1]
+            draw_patch(os.path.join(out_dir, f'{name}_{split}.png'), rows[i],
+                       number_of(name, 'patch'), step, place, clean_answers[i]['text'],
+                       answers[i]['text'], image)
         records.append(dict(name=name, clean=clean, rows=len(now), p=p, only_clean=lost,
                             only_changed=won, **more, **metrics))
     with replacing(os.path.join(out_dir, f'probe_{split}.json')) as part, open(part, 'w') as f:

@@ -60,5 +60,5 @@ if __name__ == '__main__':
             raise ValueError(f'{sys.argv[1]} holds no question like "Is Tom a lompus or a rempus?"')
         p = sum(scores) / len(scores)
         low, high = wilson(p, len(scores))
-        print(f'{k} edge{"s" * (k > 1)} back: {100 * p:.1f} % ({100 * low:.1f} to {100 * high:.1f}) '
-              f'of {len(scores)} rows, {scores.count(0.5)} of them undecided')
+        print(f'{k} edge{"s" * (k > 1)} back: {100 * p:.1f} % ({100 * low:.1f} to '
+              f'{100 * high:.1f}) of {len(scores)} rows, {scores.count(0.5)} of them undecided')

@@ -1370,3 +1370,54 @@ def test_our_graphs_have_no_such_shortcut(tmp_path):
     assert len(shares) == 3
     assert all(44 < share < 56 for share in shares)
     assert 'give one file' in script('experiments/shortcuts.py', fails=True)
+
+
+def test_a_patched_chain_is_drawn(tmp_path):
+    row = dict(question='Three doors from red?', edges=MAP, results=['blue', 'pink', 'black'])
+    path = tmp_path / 'patch.png'
+    for image in (None, Image.new('RGB', (84, 84))):
+        probe.draw_patch(str(path), row, 3, 1, 'white', 'black A', '$red$ B', image)
+        assert Image.open(path).size[0] > 800
+
+
+def test_the_chain_in_words_says_its_map():
+    for row in toy.draw_words(dict(train=5), 0, hops=3)['train']:
+        facts = dict(re.findall(r'(\w+) leads to (\w+)\.', row['question']))
+        place = re.search(r'Three doors from (\w+)\?', row['question'])[1]
+        for step in row['steps']:
+            place = facts[place]
+            assert step == place
+        assert row['answer'] == place
+
+
+# --------------------------------------------------------------------------------------------------
+# teaching a thought its step
+
+def test_what_a_thought_is_taught(loaded):
+    """The first of a step's thoughts, the result's first token as the step writes it."""
+    _, _, tokenizer = loaded
+    token = tokenizer.convert_tokens_to_ids
+    row = dict(steps=['b', 'it is d'], results=['b', 'd'])
+    assert prepare.thought_targets(row, tokenizer, 4, 2) == [token('b'), -100, token('Ġ'), -100]
+    assert prepare.thought_targets(row, tokenizer, 1, 1) == [token('b')]
+    assert prepare.thought_targets(dict(steps=['x.']), tokenizer, 3, 1) == [token('x'), -100, -100]
+    assert prepare.thought_targets({}, tokenizer, 2, 1) == [-100, -100]
+    assert prepare.thought_targets(row, tokenizer, 0, 2) == []
+
+
+def test_taught_thoughts_get_a_gradient_of_their_own(run):
+    """Another run than without, the same to rounding in micro-batches; the logged loss stays that
+    of the words."""
+    top, _ = run
+    args = [*TOY, f'--data_dir={top}/data', '--teach_thoughts=10', '--uniform_prob=0.5']
+    norms = {}
+    for name, more in (('taught', []), ('taught_micro', ['--micro_batch_size=4']),
+                       ('untaught', ['--teach_thoughts=0'])):
+        script('train.py', *args, *more, f'--out_dir={top}/{name}')
+        logged = events(top / name, 'train')
+        norms[name] = [(event['loss'], event['grad_norm']) for event in logged]
+    whole, micro, without = (np.array(norms[name]) for name in norms)
+    assert np.allclose(whole, micro, rtol=2e-3)
+    assert (whole[:3] == without[:3]).all()  # stage 0 has no thoughts
+    assert (whole[3:, 1] > 1.2 * without[3:, 1]).all()
+    assert np.allclose(whole[3, 0], without[3, 0], rtol=1e-5)

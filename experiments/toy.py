@@ -18,6 +18,9 @@ Why not four sentences: thoughts keep the rhythm of the words. A colour is looke
 after the one before, at the line's end, and so are thoughts 1, 3, 5 and 7 with two thoughts a step.
 Where sentences stand between look-ups, every stage has to learn that anew.
 
+"Colour chain in words", text only, for pretrained decoders: "red leads to blue. ... Four doors from
+red?" with the same kind of map; its steps are the names of the rooms.
+
 "ProsQA-like graphs", text in Coconut's format, after the construction of ProsQA in its appendix
 (arXiv 2412.06769, Algorithm 1): "Tom is a wumpus. Every wumpus is a lompus. ... Is Tom a lompus or
 a rempus?" Of two kinds one can be reached from Tom, and the steps are the edges of a shortest way
@@ -66,6 +69,34 @@ def draw_chain(rng, hops=HOPS):
                     f'{right} is where the last door leads'], results=[names[r] for r in path[1:]],
         edges=[[names[a], names[b]] for a, b in enumerate(leads_to)],
     )
+
+
+def draw_chain_in_words(rng, hops=HOPS):
+    """One text-only row in Coconut's format: the map is eight facts, a step the next room's
+    name."""
+    names, order = list(COLOURS), rng.permutation(len(COLOURS))
+    path = order[:hops + 1]
+    leads_to = np.array([
+        rng.choice([r for r in range(len(names)) if r != room]) for room in range(len(names))
+    ])
+    leads_to[path[:-1]] = path[1:]
+    facts = [f'{names[a]} leads to {names[b]}.' for a, b in enumerate(leads_to)]
+    question = f'{NUMBERS[hops]} doors from {names[path[0]]}?'
+    steps = [names[r] for r in path[1:]]
+    return dict(question='\n'.join([*rng.permutation(facts), question]), steps=steps,
+                answer=steps[-1], results=steps,
+                edges=[[names[a], names[b]] for a, b in enumerate(leads_to)])
+
+
+def draw_words(rows, seed, hops=HOPS):
+    """split -> rows of the colour chain in words, for a text decoder."""
+    if not 1 <= hops < len(NUMBERS):
+        raise ValueError(f'hops={hops}: expected 1 to {len(NUMBERS) - 1}')
+    drawn = {}
+    for number, (split, count) in enumerate(rows.items()):
+        rng = np.random.default_rng((seed, number))
+        drawn[split] = [draw_chain_in_words(rng, hops) for _ in range(count)]
+    return drawn
 
 
 def draw(rows, seed, hops=HOPS):
