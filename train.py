@@ -166,7 +166,7 @@ def preview(now, row_knobs, text_knobs, rates, uniform_prob):
                  **row_knobs)[0]['input_ids']
     ids, start = row['input_ids'], row['labels'].count(-100)  # -100 stands on the prompt, in front
     print(f'\nstage {now.stage}: {now.epochs} epochs of {now.steps} steps, {len(now.rows)} rows, '
-          f'{thoughts} thoughts, {written} steps written out, learning rate {rates[0]:.1e} to '
+          f'{thoughts} thoughts, {written} steps in words, learning rate {rates[0]:.1e} to '
           f'{max(rates):.1e} to {rates[-1]:.1e}{mixed}\n'
           f'--- training row {now.rows[0]["question_id"]}, {len(ids)} tokens; supervised is what '
           f'stands in [[ ]]\n{text(ids[:start])}[[{text(ids[start:])}]]\n'

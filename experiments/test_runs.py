@@ -805,10 +805,10 @@ def test_pause_feeds_nothing_back(run):
     pause, usual = table[model.config.latent_token_id].norm().item(), table.norm(
         dim=-1).mean().item()
     assert events(out, 'train')[-1]['thought_ratio'] == pytest.approx(pause / usual, rel=1e-5)
+    # probe.py reads what the places hold, not what they are fed
     script('experiments/probe.py', f'--ckpt={out}/best.pt', '--intervene=')
     for thought in json.load(open(out / 'thoughts_test.json')):
-        assert thought['norm'] == pytest.approx(pause, rel=1e-5)
-        assert thought['norm_ratio'] == pytest.approx(pause / usual, rel=1e-5)
+        assert thought['norm'] != pytest.approx(pause, rel=1e-3)
     c = model.config
     rows = prepare.Rows(prepare.read_split(str(top / 'data'),
                                            'validation'), 'validation', 1, tokenizer,
