@@ -332,14 +332,13 @@ def say(model, thoughts):
         yield F.linear(part.to(weight), weight).float().softmax(-1).cpu()
 
 
-def read(model, tokenizer, thoughts, rows, fed=None):
+def read(model, tokenizer, thoughts, rows):
     """One dict for each of the n thoughts [R, n, D] of the rows of a split: what it says through
     the head most often, and in which share of the rows; its mean entropy; its norm, and beside that
     of an embedding; its mean cosine with the thought before, and with the same thought of the
     previous row; for each step, the share of the rows with that step where its likeliest token
     names the step's result, and the mean probability of that result; of graphs see `mass_by_side`.
-    Thoughts are 0 where a row has fewer than n. fed: what is fed back, whose norms these are, where
-    that is not what is read."""
+    Thoughts are 0 where a row has fewer than n."""
     results = [results_of(row, tokenizer) for row in rows]
     steps, table = max(map(len, results)), []
     embeddings = model.language_model.model.embed_tokens.weight.detach().float()
@@ -358,8 +357,7 @@ def read(model, tokenizer, thoughts, rows, fed=None):
                     mass[j] += q[list(tokens)].sum().item()
                 sides.update(mass_by_side(rows[row], q, tokenizer))
         counts = [max(1, sum(len(results[i]) > j for i in having)) for j in range(steps)]
-        common = max(set(tops), key=tops.count)
-        norm = (own if fed is None else fed[having, k]).norm(dim=-1).mean().item()
+        common, norm = max(set(tops), key=tops.count), own.norm(dim=-1).mean().item()
         before = F.cosine_similarity(own, thoughts[having, k - 1]).mean().item() if k else None
         table.append(
             dict(
@@ -632,7 +630,7 @@ if __name__ == '__main__':
     else:
         read_out = thoughts
     if read_out.numel():
-        table = read(model, tokenizer, read_out, rows, thoughts if own_edit else None)
+        table = read(model, tokenizer, read_out, rows)
         print(*describe_thoughts(table), sep='\n', flush=True)
         path = os.path.join(out_dir, f'thoughts_{split}.json')
         with replacing(path) as part, open(part, 'w') as f:
