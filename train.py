@@ -257,6 +257,9 @@ if __name__ == '__main__':  # data workers import this file again where processe
     if micro < 1 or batch_size % (micro * world):
         raise ValueError(f'batch_size={batch_size} is not a multiple of {micro * world}: {world} '
                          f'rank(s) with micro-batches of {micro}; change one of them')
+    if teach_thoughts and mode != 'coconut':
+        raise ValueError(f'teach_thoughts={teach_thoughts:g} with mode={mode!r}: only the thoughts '
+                         "of 'coconut' can be taught")
     text_knobs = dict(mode=mode, c_thought=c_thought, max_latent_stage=max_latent_stage,
                       prompt=prompt, answer=answer, pad_latent_to_max=pad_latent_to_max,
                       # 'chat' needs the tokenizer: 'plain' holds its place until that is loaded
