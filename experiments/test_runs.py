@@ -1385,8 +1385,8 @@ def test_the_chain_in_words_says_its_map():
         facts = dict(re.findall(r'(\w+) leads to (\w+)\.', row['question']))
         place = re.search(r'Three doors from (\w+)\?', row['question'])[1]
         for step in row['steps']:
+            assert step == f'{place} leads to {facts[place]}.'
             place = facts[place]
-            assert step == place
         assert row['answer'] == place
 
 

@@ -19,7 +19,7 @@ after the one before, at the line's end, and so are thoughts 1, 3, 5 and 7 with 
 Where sentences stand between look-ups, every stage has to learn that anew.
 
 "Colour chain in words", text only, for pretrained decoders: "red leads to blue. ... Four doors from
-red?" with the same kind of map; its steps are the names of the rooms.
+red?" with the same kind of map; its steps are the facts that are used.
 
 "ProsQA-like graphs", text in Coconut's format, after the construction of ProsQA in its appendix
 (arXiv 2412.06769, Algorithm 1): "Tom is a wumpus. Every wumpus is a lompus. ... Is Tom a lompus or
@@ -72,8 +72,8 @@ def draw_chain(rng, hops=HOPS):
 
 
 def draw_chain_in_words(rng, hops=HOPS):
-    """One text-only row in Coconut's format: the map is eight facts, a step the next room's
-    name."""
+    """One text-only row in Coconut's format: the map is eight facts, a step the one that is used
+    next."""
     names, order = list(COLOURS), rng.permutation(len(COLOURS))
     path = order[:hops + 1]
     leads_to = np.array([
@@ -82,9 +82,9 @@ def draw_chain_in_words(rng, hops=HOPS):
     leads_to[path[:-1]] = path[1:]
     facts = [f'{names[a]} leads to {names[b]}.' for a, b in enumerate(leads_to)]
     question = f'{NUMBERS[hops]} doors from {names[path[0]]}?'
-    steps = [names[r] for r in path[1:]]
-    return dict(question='\n'.join([*rng.permutation(facts), question]), steps=steps,
-                answer=steps[-1], results=steps,
+    results = [names[r] for r in path[1:]]
+    return dict(question='\n'.join([*rng.permutation(facts), question]),
+                steps=[facts[r] for r in path[:-1]], answer=results[-1], results=results,
                 edges=[[names[a], names[b]] for a, b in enumerate(leads_to)])
 
 
