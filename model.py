@@ -172,7 +172,7 @@ class Attention(nn.Module):
         """x [B, L, D]. past: this layer's earlier keys and values, in one of two forms. In `think`
         (no write_at) two tuples with one tensor an earlier pass: autograd needs them as they are,
         so they are concatenated. In `generate` two tensors [B, K, S + max_new_tokens, head_dim],
-        written in place at the column write_at, int64 [1]. Gives y [B, L, D] and this pass's keys
+        written in place at the slot write_at, int64 [1]. Gives y [B, L, D] and this pass's keys
         and values [B, K, L, head_dim]."""
         q = rearrange(self.q_proj(x), 'b l (h d) -> b h l d', d=self.head_dim)
         k = rearrange(self.k_proj(x), 'b l (h d) -> b h l d', d=self.head_dim)
@@ -265,7 +265,7 @@ class Layout(NamedTuple):
 
 def lay_out(input_ids, attention_mask, config, labels=None, device=None):
     """Cuts every row at its own thoughts and gives each token a slot, chunk behind chunk, so that
-    chunk k of all rows is one range of columns. Chunk 0 is a row up to its first thought, chunk k
+    chunk k of all rows is one range of slots. Chunk 0 is a row up to its first thought, chunk k
     runs from thought k to just before thought k + 1. <|start-latent|> is the last p, <|end-latent|>
     the first a:
 
@@ -276,8 +276,11 @@ def lay_out(input_ids, attention_mask, config, labels=None, device=None):
 
     Row 1 leaves slots 3 4 5 and 8 9 10 empty, row 0 leaves 11 12 13.
 
+    "Column" is a place in input_ids: row 1's t2 is in column 4, its chunk begins there, in slot 7.
+
     Runs on the CPU: every size that depends on values is found here, once, so that nothing later
-    waits for the GPU. Inputs that are on the CPU spare even this wait."""
+    waits for the GPU. Inputs on a GPU are copied first, the one wait there is: leave them on the
+    CPU."""
     device = device or input_ids.device
     ids = input_ids.cpu()
     B, T = ids.shape
@@ -418,8 +421,8 @@ class MultiCoCo(nn.Module):
         p = round(1 / c.downsample_ratio)
         grid = '(h w)' if c.ps_version == 'v2' else '(w h)'
         x = rearrange(x[:, 1:], f'b (h p w q) c -> b {grid} (p q c)', h=side // c.patch_size // p,
-                      p=p, q=p)
-        return self.mlp1(x)                                     # [P, N, p * q * vision width]
+                      p=p, q=p)                                 # [P, N, p * q * vision width]
+        return self.mlp1(x)                                     # [P, N, D]
 
     def embed_text(self, ids):
         return self.language_model.model.embed_tokens(ids)
@@ -474,7 +477,7 @@ class MultiCoCo(nn.Module):
         cos, sin = rotary(position, self.config.head_dim, self.config.rope_theta)
         for i, layer in enumerate(self.language_model.model.layers):
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x, k, v = torch.utils.checkpoint.checkpoint(  # write_at has no gradient
+                x, k, v = torch.utils.checkpoint.checkpoint(  # never in `generate`
                     layer, x, cos, sin, mask, cache[i], real_slots, use_reentrant=False,
                     preserve_rng_state=False)
             else:
@@ -545,9 +548,8 @@ class MultiCoCo(nn.Module):
         """New tokens int64 [B, <= max_new_tokens], each row up to and with its end token, then
         padding. Greedy at temperature 0. Thoughts of the prompt run through the same loop as in
         training. A <|latent|> that the model writes itself is fed the last hidden state too:
-        edit_thought is then called after each new token but the last, with k = n + 1, n + 2, ...,
-        and what it gives counts in rows that wrote <|latent|> (to ask which is to wait for the
-        GPU)."""
+        edit_thought is then called for all rows after each new token but the last, with k = n + 1,
+        n + 2, ..., and rows that did not write <|latent|> ignore what it gives."""
         if not 0 <= temperature < math.inf or not 0 < top_p <= 1 or max_new_tokens < 1:
             raise ValueError(f'temperature={temperature}, top_p={top_p}, '
                              f'max_new_tokens={max_new_tokens}: expected temperature >= 0, 0 < '
@@ -571,9 +573,10 @@ class MultiCoCo(nn.Module):
         position, write_at = prompt_length, torch.tensor([S], device=x.device)
         new = torch.full((B, max_new_tokens), c.pad_token_id, device=x.device)
         written, done = torch.zeros_like(rows), torch.zeros_like(rows, dtype=torch.bool)
-        compiled = 'step' in vars(self)  # by the caller, see `step`: shapes must not change,
+        # whether the caller has put a compiled step there, see `step`: then rows are never dropped
+        compiled = 'step' in vars(self)
         if compiled:
-            for keys, values in cache:  # and CUDA graphs want fixed buffers
+            for keys, values in cache:  # CUDA graphs want fixed buffers
                 torch._dynamo.mark_static_address(keys, guard=False)
                 torch._dynamo.mark_static_address(values, guard=False)
         for i in range(max_new_tokens):

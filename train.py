@@ -41,7 +41,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # before a group is there: its default arguments would hold it
+import torch.distributed.nn  # DDP does; with a group there its defaults would keep that for ever
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure
@@ -153,6 +153,7 @@ def preview(now, row_knobs, text_knobs, rates, uniform_prob):
         low, high = min(numbers), max(numbers)
         return f'{low}' if low == high else f'{low} to {high}'
 
+    # (prompt, number of thoughts, target) of each row
     texts = [build_text(row, now.stage, **text_knobs) for row in now.rows]
     answer_line_ends = text_knobs['answer'].count('\n')
     thoughts = span([count for _, count, _ in texts])
@@ -238,7 +239,7 @@ if __name__ == '__main__':  # data workers import this file again where processe
     world = int(os.environ.get('WORLD_SIZE', 1))
     if rank:
         sys.stdout = open(os.devnull, 'w')
-    knobs = configure(globals())  # of the names assigned at the top level above, not of rank, world
+    knobs = configure(globals())  # its names are those that this file's top level assigns
     globals().update(knobs)
     at_least_1 = ('batch_size', 'eval_batch_size', 'log_interval', 'max_new_tokens', 'max_tiles')
     for key, value in knobs.items():
@@ -355,7 +356,7 @@ if __name__ == '__main__':  # data workers import this file again where processe
     # --- provenance -------------------------------------------------------------------------------
     provenance = dict(
         command=shlex.join(sys.argv), time=time.strftime('%Y-%m-%d %H:%M:%S'), commit=git_commit(),
-        knobs=knobs, host=platform.node(), ranks=world, threads=torch.get_num_threads(),
+        knobs=dict(knobs), host=platform.node(), ranks=world, threads=torch.get_num_threads(),
         device=torch.cuda.get_device_name() if device == 'cuda' else platform.machine(),
         versions={'python': platform.python_version(),
                   **{p: importlib.metadata.version(p)
@@ -367,6 +368,7 @@ if __name__ == '__main__':  # data workers import this file again where processe
 
     # --- state: all that a resume needs, besides model and optimizer ------------------------------
     epoch = place = step = 0     # whole epochs done, batches of the next one, optimizer steps
+    stage = start_stage          # of the epoch in hand, a number; a Stage is called now
     accuracy, best = 0.0, None   # latest validation accuracy; [stage, accuracy, -loss] of best.pt
     sums = Counter()             # over this epoch's steps: loss, gradient norm, tokens, ...
     seconds_before = 0.0         # of this run, before it was resumed
@@ -462,7 +464,7 @@ if __name__ == '__main__':  # data workers import this file again where processe
 
     if eval_only and not dry_run:
         write('run.json', [*starts, provenance])
-        stage = saved.get('stage', 0)  # a checkpoint of another origin writes its steps
+        stage = saved.get('stage', 0)  # others' models are asked as in stage 0, for every step
         trained = saved.get('knobs', {})
         for key in text_knobs:
             if trained.get(key, knobs[key]) != knobs[key]:
@@ -496,7 +498,7 @@ if __name__ == '__main__':  # data workers import this file again where processe
         # called for its checks: a split without a row that fits is refused now, not in the end
         fitting_rows('test', stages[-1].stage, **row_knobs)
     stage_of_epoch = [now for now in stages for _ in range(now.epochs)]
-    stage = stages[0].stage  # a number; a Stage is called now
+    stage = stages[0].stage
     last_step = min(total_steps, max_steps or total_steps)
 
     def learning_rate_at(step, now):
@@ -511,7 +513,7 @@ if __name__ == '__main__':  # data workers import this file again where processe
         return now.peak * (min_lr_ratio + (1 - min_lr_ratio) * cosine)
 
     def new_optimizer():
-        """AdamW; weight decay on matrices only."""
+        """AdamW; weight decay on all but biases, norms and scales."""
         trained = [p for p in model.parameters() if p.requires_grad]
         groups = [dict(params=[p for p in trained if p.dim() >= 2]),
                   dict(params=[p for p in trained if p.dim() < 2], weight_decay=0.0)]
@@ -522,7 +524,7 @@ if __name__ == '__main__':  # data workers import this file again where processe
     sample_rows = Rows(stages[0].rows[:64], 'train', stage, **row_knobs)  # enough for an estimate
     scale = batch_size / len(sample_rows)
     tokens = sum(sample_rows.length(i) for i in range(len(sample_rows))) * scale
-    images = sum('image' in row for row in sample_rows.rows) * scale
+    images = sum(bool(row.get('image')) for row in sample_rows.rows) * scale
     print(f'{batch_size} rows a step: {world} rank(s), {batch_size // world // micro} '
           f'micro-batch(es) of {micro}; about {tokens:.0f} tokens and {images:.0f} '
           f'images\n{len(stage_of_epoch)} epochs, {total_steps} steps; {dtype} on '
@@ -611,8 +613,8 @@ if __name__ == '__main__':  # data workers import this file again where processe
         save('last.pt', resumable=True)  # from here on the run can be killed at any moment
 
     # --- the loop ---------------------------------------------------------------------------------
-    # place > 0 with no step left: killed in its evaluation, or ended by max_steps inside the epoch.
-    # It is then only evaluated, and the break below ends the loop
+    # place > 0: last.pt is from before an evaluation, or from inside an epoch that max_steps ended.
+    # No batch may be left then: the epoch is only evaluated, and without a step left the break ends
     while epoch < len(stage_of_epoch) and (step < last_step or place):
         now = stage_of_epoch[epoch]
         if now.stage != stage and reset_optimizer:
@@ -630,9 +632,10 @@ if __name__ == '__main__':  # data workers import this file again where processe
         for batch in batches(training, own[place:place + max(0, last_step - step)], **loading):
             meter['wait'] += time.time() - step_began
             has_rows = rank < len(groups[place])
-            taught = batch.get('thought_labels', torch.empty(0)) >= 0
+            is_taught = batch.get('thought_labels', torch.empty(0)) >= 0
             counts = np.array([count_supervised(batch), int(batch['attention_mask'].sum()),
-                               int((batch['num_tiles'] > 0).sum()), int(taught.sum())]) * has_rows
+                               int((batch['num_tiles'] > 0).sum()),
+                               int(is_taught.sum())]) * has_rows
             gathered = all_ranks((counts, len(signals)))
             total, tokens, images, taught = sum(count for count, _ in gathered).tolist()
             if any(count for _, count in gathered):
@@ -646,13 +649,14 @@ if __name__ == '__main__':  # data workers import this file again where processe
             for part in parts:
                 # each supervised token counts the same
                 weight = has_rows * count_supervised(part) / total
+                # [B, n]: the result of the step that thought k stands for, or -100
                 targets = part.pop('thought_labels', None)
                 hold = network is not model and part is not parts[-1]
                 with network.no_sync() if hold else nullcontext():
                     with autocast:
                         out = network(**part, edit_thought=edit_thought)
                     objective = out.loss * weight
-                    if taught:  # what the head says at a thought, beside the result of its step
+                    if taught:  # the head reads the vector that is fed back as thought k
                         with autocast:
                             says = model.language_model.lm_head(out.thoughts)   # [B, n, V]
                         teaching = torch.nn.functional.cross_entropy(
@@ -713,7 +717,7 @@ if __name__ == '__main__':  # data workers import this file again where processe
         log('eval', **metrics)
         key = [stage, accuracy, -metrics['loss']]
         # only whole epochs compete; a part of one counts where there is no best.pt yet, for the
-        # report (last.pt, saved above, does not know of it)
+        # report (last.pt, saved above, does not know of it: the next whole epoch replaces it)
         if best is None or (whole and key >= best):
             best = key
             save('best.pt')
@@ -725,7 +729,8 @@ if __name__ == '__main__':  # data workers import this file again where processe
                 tokens_per_s=sums['tokens'] / seconds, images_per_s=sums['images'] / seconds))
             sums = Counter()
             save(f'epoch_{epoch}.pt')
-            # epoch k is stage_of_epoch[k - 1]; it stays where the next is of another stage, or none
+            # epoch k is stage_of_epoch[k - 1]; it stays where the next is of another stage, and the
+            # last of all (hence the min)
             for k in range(1, min(epoch - keep_epochs + 1, len(stage_of_epoch))):
                 path = os.path.join(out_dir, f'epoch_{k}.pt')
                 if stage_of_epoch[k - 1] is stage_of_epoch[k] and os.path.isfile(path) and not rank:
