@@ -1195,7 +1195,7 @@ def test_a_text_decoder_trains_is_resumed_and_exported(tmp_path):
     save_text(tmp_path / 'llama')
     shared = [f'--init_from={tmp_path}/llama', f'--data_dir={tmp_path}/data']
     script('prepare.py', 'config/smollm2.py', *shared, '--train_rows=32', '--val_rows=4',
-           '--test_rows=4', '--nodes=8')
+           '--test_rows=4')
     knobs = ['config/smollm2.py', f'--data_dir={tmp_path}/data', '--max_latent_stage=1',
              '--epochs_stage0=1', '--batch_size=8', '--learning_rate=3e-3', '--warmup_steps=1',
              '--max_new_tokens=4', '--log_interval=1', '--num_workers=0']
