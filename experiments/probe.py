@@ -67,7 +67,7 @@ max_new_tokens = 0
 num_workers = 0
 device = 'auto'                 # 'auto', 'cpu', 'cuda', 'mps'
 dtype = 'auto'                  # 'auto', 'float32', 'bfloat16' (autocast)
-threads = 0                     # CPU threads; 0 for torch's choice
+threads = 0                     # CPU threads; 0 for the checkpoint's
 
 FORM = re.compile(r'zero|noise|mean|swap|image|transplant|blind|(drop_last|early|patch|same)_(\d+)')
 
@@ -503,13 +503,13 @@ def draw_patch(path, row, number, step, place, before, after, image=None):
 if __name__ == '__main__':
     globals().update(configure(globals()))
     expand(intervene)
-    torch.set_num_threads(threads or torch.get_num_threads())
     device = pick_device(device)
     model, tokenizer, saved = load_checkpoint(ckpt)
     if 'knobs' not in saved:
         raise ValueError(f'{ckpt} was not trained here: give a .pt of train.py, which knows its '
                          'data')
     knobs, stage = saved['knobs'], saved['stage']
+    torch.set_num_threads(threads or knobs['threads'] or torch.get_num_threads())
     dtype = pick_dtype(dtype, device, on_cpu=knobs['dtype'] == 'bfloat16')
     autocast = torch.autocast(device, torch.bfloat16) if dtype == 'bfloat16' else nullcontext()
     data_dir = data_dir or knobs['data_dir']
