@@ -696,11 +696,13 @@ if __name__ == '__main__':
                         before[i] = says(clean_answers[i], wanted)
                         after[i] = says(answers[i], wanted)
                 more['p_predicted'] = pair(after, before)[2]
+                shares = [f'{100 * more["predicted"]:.1f} % write what is predicted']
+                if predicted != own:
+                    shares.append(f'{100 * more["old"]:.1f} % the right answer')
+                shares.append(f'{100 * more["neither"]:.1f} % another')
                 print(f'{"":>{len(split)}}  {name:<12} of {more["rows_predicted"]} rows '
-                      f'{100 * more["predicted"]:.1f} % write what is predicted, '
-                      f'{100 * more["old"]:.1f} % the right answer, '
-                      f'{100 * more["neither"]:.1f} % neither; McNemar against the clean answers '
-                      f'p = {more["p_predicted"]:.2g}', flush=True)
+                      f'{", ".join(shares)}; McNemar against the clean answers p = '
+                      f'{more["p_predicted"]:.2g}', flush=True)
         if name.startswith('early_') and all('edges' in row and not row.get('choices')
                                              for row in asked):
             hidden = number_of(name, 'early') // knobs['c_thought']
