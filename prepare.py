@@ -964,10 +964,10 @@ def find_choice(value, choices):
         if re.fullmatch(rf'\(?{letter}[.):]\s*{re.escape(choice.strip())}', text):
             text = choice.strip()
     exact = {choice.strip() for choice in choices if choice.strip() == text}
-    letter = re.fullmatch(r'\(?([A-H])[.)]?', text)
+    letter = re.fullmatch(r'\(?([A-Ha-h])[.)]?', text)
     meant = exact or {c.strip() for c in choices if c.strip().casefold() == text.casefold()}
-    if letter and not exact and letter[1] in LETTERS[:len(choices)]:
-        meant = meant | {choices[LETTERS.index(letter[1])].strip()}
+    if letter and not exact and letter[1].upper() in LETTERS[:len(choices)]:
+        meant = meant | {choices[LETTERS.index(letter[1].upper())].strip()}
     if len(meant) != 1:
         reason = 'several' if meant else 'none'
         raise Dropped(f'whose answer is {reason} of its options')
@@ -1012,6 +1012,8 @@ def read_row(raw, split, steps_from, max_latent_stage):
     row = dict(question_id=name, question=as_text(raw['question'], 'question'))
     choices = raw.get('choices')
     empty = isinstance(choices, (list, str)) and choices in ([], '[]')
+    if isinstance(choices, dict) and list(choices) == list(LETTERS[:len(choices)]):
+        choices = list(choices.values())  # {"A": "cat", ...}
     if not is_missing(choices) and not empty:
         choices = as_items(choices, 'choices')
         if choices is None or not 2 <= len(choices) <= len(LETTERS):
