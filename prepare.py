@@ -1012,8 +1012,6 @@ def read_row(raw, split, steps_from, max_latent_stage):
     row = dict(question_id=name, question=as_text(raw['question'], 'question'))
     choices = raw.get('choices')
     empty = isinstance(choices, (list, str)) and choices in ([], '[]')
-    if isinstance(choices, dict) and list(choices) == list(LETTERS[:len(choices)]):
-        choices = list(choices.values())  # {"A": "cat", ...}
     if not is_missing(choices) and not empty:
         choices = as_items(choices, 'choices')
         if choices is None or not 2 <= len(choices) <= len(LETTERS):

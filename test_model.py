@@ -2088,10 +2088,9 @@ def test_signs_in_free_answers(said, known, right):
     assert prepare.free_answer_is(said, row, '{answer}')[0] is right
 
 
-@pytest.mark.parametrize('choices', (['A. cat', 'B. dog'], dict(A='cat', B='dog')))
 @pytest.mark.parametrize('answer', ('B', 'b', 'B. dog', 'dog'))
-def test_options_that_begin_with_their_letters(answer, choices):
-    row, reason = prepare.build_row(dict(question='?', choices=choices, answer=answer),
+def test_options_that_begin_with_their_letters(answer):
+    row, reason = prepare.build_row(dict(question='?', choices=['A. cat', 'B. dog'], answer=answer),
                                     'validation')
     assert reason is None
     assert row['choices'] == ['cat', 'dog']
