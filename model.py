@@ -61,19 +61,23 @@ def load_tokenizer(name_or_path):
     return add_special_tokens(read_tokenizer(fetch(name_or_path)))
 
 
-def read_tokenizer(folder):
-    """From tokenizer.json, or Qwen2's vocab.json and merges.txt. The class goes by which files are
-    there, not by config.json or tokenizer_config.json: these may name code of the folder, which
-    transformers' Auto classes would ask to run. The end token and the chat template come from
-    tokenizer_config.json."""
+def tokenizer_class(folder):
+    """transformers' class for a folder's tokenizer, by which files are there: tokenizer.json, or
+    Qwen2's vocab.json and merges.txt. OSError where neither is."""
     files = os.listdir(folder)
     if 'tokenizer.json' in files:
-        kind = transformers.PreTrainedTokenizerFast
-    elif 'vocab.json' in files and 'merges.txt' in files:
-        kind = transformers.Qwen2TokenizerFast
-    else:
-        raise OSError(f'no tokenizer could be loaded from {folder}: it holds neither '
-                      'tokenizer.json nor vocab.json and merges.txt')
+        return transformers.PreTrainedTokenizerFast
+    if 'vocab.json' in files and 'merges.txt' in files:
+        return transformers.Qwen2TokenizerFast
+    raise OSError(f'no tokenizer could be loaded from {folder}: it holds neither tokenizer.json '
+                  'nor vocab.json and merges.txt')
+
+
+def read_tokenizer(folder):
+    """Not by config.json or tokenizer_config.json, which may name code of the folder that
+    transformers' Auto classes would ask to run. The end token and the chat template come from
+    tokenizer_config.json."""
+    kind = tokenizer_class(folder)
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # it warns of another class's name in the config
     try:
@@ -704,8 +708,8 @@ def fetch(name_or_path):
     wanted = dict(allow_patterns=['*.json', '*.safetensors', '*.txt', '*.jinja'])
     try:
         folder = snapshot_download(name_or_path, local_files_only=True, **wanted)
-        weight_files(folder)  # raises where files are missing, as this does
-        read_tokenizer(folder)
+        weight_files(folder)     # these two raise where files are missing
+        tokenizer_class(folder)
         return folder
     except (OSError, ValueError):
         pass  # not in the cache, or not whole there: ask the hub

@@ -1388,13 +1388,16 @@ class Split:
                 path = os.path.join(folder, row['image'])
                 try:
                     data = read_picture(self.raw[i], self.folders)
-                    load_image(data)  # nothing is written of what cannot be read
                     if not holds(path, data):
                         with replacing(path) as part, open(part, 'wb') as f:
                             f.write(data)
                     if cache_tiles:
                         load_tiles(row, folder, self.split, image_size, max_tiles)
+                    else:
+                        load_image(data)
                 except (ValueError, Dropped) as error:
+                    if os.path.isfile(path):  # nothing stays of what cannot be read
+                        os.remove(path)
                     self.drop('with an unreadable image', row, more=f' ({error})')
                     continue
             kept.append((i, row))

@@ -1194,8 +1194,10 @@ def test_code_of_a_checkpoint_folder_is_never_run(tmp_path, monkeypatch):
      (dict(rationales=['1. One.\n2. Two.']), 'steps', ['One.', 'Two.']),
      (dict(rationales=['Dr. Smith came at 5 p.m. to St. Louis. He left.']), 'steps',
       ['Dr. Smith came at 5 p.m. to St. Louis.', 'He left.']),
-     (dict(rationales=['天上有风。线往上走。']), 'steps', ['天上有风。', '线往上走。']), (dict(
-         rationales=None, steps='One.\nTwo two. Three.'), 'steps', ['One.', 'Two two.', 'Three.']),
+     (dict(rationales=['天上有风。线往上走。']), 'steps',
+      ['天上有风。', '线往上走。']),
+     (dict(rationales=None, steps='One.\nTwo two. Three.'), 'steps',
+      ['One.', 'Two two.', 'Three.']),
      (dict(steps=[1, 2.0, 2.5]), 'steps', ['1', '2', '2.5']),
      (dict(steps=['One\ntwo.\n', '', None, ' Three. ']), 'steps', ['One two.', 'Three.']),
      (dict(correct_choice_idx='1'), 'correct_choice_idx', 1),
@@ -1408,7 +1410,8 @@ SAID = {  # option -> texts that say it; None: texts that say none, or several
         'The answer is A. Wait, no. It is C.', 'Is the answer A? No, it is C.',
         'The answer is C; D is wrong', '**C**', '\\boxed{C}', '$\\boxed{\\text{C}}$',
         '<answer>C</answer>', '<think>A or B?</think>C', '答案是C', '选C', 'Ｃ', 'Option C.',
-        'C is correct. The kite is not.', 'La réponse est C', 'Ответ: C', 'dog (C)', 'It is a dog',
+        'C is correct. The kite is not.', 'La réponse est C', 'Ответ: C',
+        'dog (C)', 'It is a dog',
         'C. dog\n\nThe car is only in the background.', 'The answer is (C) dog, not car', '- C',
         '[[C]]', '"c"'
     ], 3: [
@@ -1455,8 +1458,10 @@ def test_answers_are_read_only_where_they_say_an_option(option):
      ('The answer is −3', ['3', '-3', '4', '-4'], 1), ('There is no dog', ['yes', 'no'], None),
      ('red, white and blue', ['red', 'white', 'red, white and blue', 'blue'], 2),
      ('E', list('vwxyz'), 4), ('a black cat', ['cat', 'black cat', 'dog', 'car'], 1),
-     ('t-shirt', ['t shirt', 'shirt', 'hat', 'shoe'], 0), ('不是狗', ['猫', '风筝', '狗', '车'], None),
-     ('图中有一只狗。', ['猫', '风筝', '狗', '车'], 2), ('cafe\u0301', ['caf\u00e9', 'bar', 'inn', 'pub'], 0),
+     ('t-shirt', ['t shirt', 'shirt', 'hat', 'shoe'], 0),
+     ('不是狗', ['猫', '风筝', '狗', '车'], None),
+     ('图中有一只狗。', ['猫', '风筝', '狗', '车'], 2),
+     ('cafe\u0301', ['caf\u00e9', 'bar', 'inn', 'pub'], 0),
      ('ﬁsh', ['fish', 'dog', 'cat', 'car'], 0)))
 def test_letters_and_names_inside_options(text, choices, expected):
     assert prepare.extract_choice(text, choices) == ((0, False) if expected is None else
@@ -1538,6 +1543,12 @@ def change_config(**changes):
     return change
 
 
+def assert_config_is_refused(folder, message, changes):
+    edit_files(folder, config=change_config(**changes))
+    with pytest.raises(ValueError, match=message):
+        MultiCoCo.from_pretrained(str(folder))
+
+
 @pytest.mark.parametrize(
     'message, changes',
     (('its rope is yarn',
@@ -1568,13 +1579,7 @@ def change_config(**changes):
      ('lacks text num_key_value_heads:', dict(text_config__num_key_value_heads=None))))
 def test_config_values_that_change_the_result_are_refused_by_name(tmp_path, message, changes):
     save_tiny(tmp_path)
-    edit_files(tmp_path, config=change_config(**changes))
-    with pytest.raises(ValueError, match=message):
-        MultiCoCo.from_pretrained(str(tmp_path))
-
-
-def tensors(change):
-    return lambda w: w.update(change(w))
+    assert_config_is_refused(tmp_path, message, changes)
 
 
 def with_prefix(weights):
@@ -1943,9 +1948,7 @@ def test_a_text_decoder_takes_no_image(tmp_path):
     ('lacks text intermediate_size', dict(intermediate_size=None))))
 def test_text_decoders_that_are_not_supported(tmp_path, message, changes):
     save_text(tmp_path)
-    edit_files(tmp_path, config=change_config(**changes))
-    with pytest.raises(ValueError, match=message):
-        MultiCoCo.from_pretrained(str(tmp_path))
+    assert_config_is_refused(tmp_path, message, changes)
 
 
 def test_a_tokenizer_without_an_end_token_is_refused(tmp_path):
@@ -2073,7 +2076,8 @@ def test_an_export_is_whole_or_not_there(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('text, expected', (
     ('I rule out option A. The answer is B', 1), ('Eliminate option A.', None), ('不选A', None),
-    ('I would exclude option B and option C', None), ('정답은 C입니다', 2), ('答えはCです', 2),
+    ('I would exclude option B and option C', None), ('정답은 C입니다', 2),
+    ('答えはCです', 2),
     ('La respuesta correcta es la C', 2), ('La bonne réponse est C', 2), ('Düsseldorf', None)))
 def test_answers_in_further_words(text, expected):
     option, parsed = prepare.extract_choice(text, ['cat', 'kite', 'dog', 'car'])

@@ -200,17 +200,25 @@ def places_of(row):
     ]
 
 
-def continued(row, step, place):
-    """Where a row's chain ends if its step (1 for the first) arrives at `place`: the row's own map
-    is followed for the steps that are left. None where the map has no single way on."""
-    ways = {}
+def followed(row, place, steps):
+    """The places that so many steps from `place` arrive at on the row's own map; None where it has
+    no single way on."""
+    ways, places = {}, []
     for source, target in row.get('edges', ()):
         ways.setdefault(source, []).append(target)
-    for _ in range(len(places_of(row)) - step):
+    for _ in range(steps):
         if len(ways.get(place, ())) != 1:
             return None
         place = ways[place][0]
-    return place
+        places.append(place)
+    return places
+
+
+def continued(row, step, place):
+    """Where a row's chain ends if its step (1 for the first) arrives at `place`: the row's own map
+    is followed for the steps that are left. None where the map has no single way on."""
+    places = followed(row, place, len(places_of(row)) - step)
+    return None if places is None else [place, *places][-1]
 
 
 def patches(rows, step, same=False):
@@ -359,16 +367,14 @@ def read(model, tokenizer, thoughts, rows):
         counts = [max(1, sum(len(results[i]) > j for i in having)) for j in range(steps)]
         common, norm = max(set(tops), key=tops.count), own.norm(dim=-1).mean().item()
         before = F.cosine_similarity(own, thoughts[having, k - 1]).mean().item() if k else None
-        table.append(
-            dict(
-                thought=k + 1, says=tokenizer.decode([common]),
-                share=tops.count(common) / len(tops), entropy_bits=entropy, norm=norm,
-                norm_ratio=norm / norm_of_embeddings, cosine_before=before,
-                cosine_rows=F.cosine_similarity(own, own.roll(1, 0)).mean().item(),
-                names_step=[hits / count for hits, count in zip(named, counts)
-                            ], mass_on_step=[total / count for total, count in zip(mass, counts)],
-                **({'sides': {side: total / len(having)
-                              for side, total in sides.items()}} if sides else {})))
+        table.append(dict(
+            thought=k + 1, says=tokenizer.decode([common]), share=tops.count(common) / len(tops),
+            entropy_bits=entropy, norm=norm, norm_ratio=norm / norm_of_embeddings,
+            cosine_before=before, names_step=[hits / count for hits, count in zip(named, counts)],
+            cosine_rows=F.cosine_similarity(own, own.roll(1, 0)).mean().item(),
+            mass_on_step=[total / count for total, count in zip(mass, counts)]))
+        if sides:
+            table[-1]['sides'] = {side: total / len(having) for side, total in sides.items()}
     return table
 
 
@@ -468,9 +474,7 @@ def draw_patch(path, row, number, step, place, before, after, image=None):
     start = re.findall(r'\w+', row['question'].split('\n')[-1])[-1]
     start = start if any(source == start for source, _ in row['edges']) else ''
     chain = [start, *places_of(row)]
-    turned = [place]
-    while len(turned) < len(chain) - step:
-        turned.append(continued(row, len(places_of(row)) - 1, turned[-1]))
+    turned = [place, *followed(row, place, len(places_of(row)) - step)]
     figure, axes = pyplot().subplots(1, 2 if image else 1, figsize=(9, 2.7), squeeze=False,
                                      layout='constrained', width_ratios=[1, 3] if image else [1])
     if image:
@@ -640,7 +644,6 @@ if __name__ == '__main__':
 
     # --- what changing them does ------------------------------------------------------------------
     own = [places_of(row)[-1] if places_of(row) else row.get('answer') for row in rows]
-    next_row = (torch.arange(len(rows)) + 1) % len(rows)
     for name in expand(intervene, n):
         asked, change, text, predicted, context = rows, None, {}, None, nullcontext()
         lacking = '' if n or name == 'image' or name.startswith('early_') else 'thoughts'
@@ -661,13 +664,14 @@ if __name__ == '__main__':
         elif name == 'transplant':
             change, predicted = replace(name, thoughts, torch.arange(len(rows))), own
         elif name == 'blind':
-            change, context = record(thoughts.clone()), hidden_image(model)
+            # a hook that records nothing: with one all rows stay in the batch
+            change, context = record(thoughts[:, :0]), hidden_image(model)
         elif name == 'image' and len(asked) == len(rows):
             places = [re.findall(r'\w+', row['question'])[-1:] or [''] for row in asked]
             predicted = [continued(row, 0, place) for row, (place,) in zip(asked, places)]
         elif name != 'image':
             change = replace(name, thoughts)
-            predicted = [own[i] for i in next_row] if name == 'swap' else None
+            predicted = own[1:] + own[:1] if name == 'swap' else None
         if lacking:
             print(f'{split}: {name} left out, these answers have no {lacking}')
             continue
@@ -690,11 +694,9 @@ if __name__ == '__main__':
             more = outcomes(answers, predicted, own)
             if more:
                 # the clean answers say what is predicted where that is right anyway
-                before, after = {}, {}
-                for i, wanted in enumerate(predicted):
-                    if wanted is not None:
-                        before[i] = says(clean_answers[i], wanted)
-                        after[i] = says(answers[i], wanted)
+                wanted = {i: place for i, place in enumerate(predicted) if place is not None}
+                before = {i: says(clean_answers[i], place) for i, place in wanted.items()}
+                after = {i: says(answers[i], place) for i, place in wanted.items()}
                 more['p_predicted'] = pair(after, before)[2]
                 shares = [f'{100 * more["predicted"]:.1f} % write what is predicted']
                 if predicted != own:

@@ -44,15 +44,23 @@ COLOURS = {
 CELL, HOPS, NUMBERS = 28, 4, ('No', 'One', 'Two', 'Three', 'Four', 'Five', 'Six')
 
 
+def draw_map(rng, hops):
+    """(order, leads_to), int64 [rooms] each: the rooms in a random order, the first hops + 1 being
+    the start's path, and for every room the one that its door leads to."""
+    rooms = range(len(COLOURS))
+    order = rng.permutation(len(COLOURS))
+    path = order[:hops + 1]
+    leads_to = np.array([rng.choice([r for r in rooms if r != room]) for room in rooms])
+    leads_to[path[:-1]] = path[1:]
+    return order, leads_to
+
+
 def draw_chain(rng, hops=HOPS):
     """One row: (image uint8 [84, 84, 3], fields of A-OKVQA's schema without image and
     question_id)."""
     names, rooms = list(COLOURS), np.array(list(COLOURS.values()))
-    order = rng.permutation(len(names))
+    order, leads_to = draw_map(rng, hops)
     path = order[:hops + 1]
-    leads_to = np.array(
-        [rng.choice([r for r in range(len(names)) if r != room]) for room in range(len(names))])
-    leads_to[path[:-1]] = path[1:]
     cells = np.full((9, CELL, CELL, 3), 128)
     for cell, room in zip(rng.permutation(9), range(len(names))):
         cells[cell, 2:-2, 2:-2] = rooms[room]
@@ -65,21 +73,17 @@ def draw_chain(rng, hops=HOPS):
         question=f'{NUMBERS[hops]} doors from {names[path[0]]}?',
         choices=[names[r] for r in options], correct_choice_idx=int(list(options).index(path[-1])),
         direct_answers=str([right]), difficult_direct_answer=False,
-        rationales=[*(names[r] for r in path[1:-1]),
-                    f'{right} is where the last door leads'], results=[names[r] for r in path[1:]],
-        edges=[[names[a], names[b]] for a, b in enumerate(leads_to)],
-    )
+        rationales=[*(names[r] for r in path[1:-1]), f'{right} is where the last door leads'],
+        results=[names[r] for r in path[1:]],
+        edges=[[names[a], names[b]] for a, b in enumerate(leads_to)])
 
 
 def draw_chain_in_words(rng, hops=HOPS):
     """One text-only row in Coconut's format: the map is eight facts, a step the one that is used
     next."""
-    names, order = list(COLOURS), rng.permutation(len(COLOURS))
+    names = list(COLOURS)
+    order, leads_to = draw_map(rng, hops)
     path = order[:hops + 1]
-    leads_to = np.array([
-        rng.choice([r for r in range(len(names)) if r != room]) for room in range(len(names))
-    ])
-    leads_to[path[:-1]] = path[1:]
     facts = [f'{names[a]} leads to {names[b]}.' for a, b in enumerate(leads_to)]
     question = f'{NUMBERS[hops]} doors from {names[path[0]]}?'
     results = [names[r] for r in path[1:]]
@@ -88,31 +92,37 @@ def draw_chain_in_words(rng, hops=HOPS):
                 edges=[[names[a], names[b]] for a, b in enumerate(leads_to)])
 
 
-def draw_words(rows, seed, hops=HOPS):
-    """split -> rows of the colour chain in words, for a text decoder."""
+def draw_rows(counts, seed, draw_row):
+    """split -> rows for `counts`, split -> number: draw_row(rng, i) is row i. Every split has its
+    own random stream."""
+    drawn = {}
+    for number, (split, count) in enumerate(counts.items()):
+        rng = np.random.default_rng((seed, number))
+        drawn[split] = [draw_row(rng, i) for i in range(count)]
+    return drawn
+
+
+def check_hops(hops):
     if not 1 <= hops < len(NUMBERS):
         raise ValueError(f'hops={hops}: expected 1 to {len(NUMBERS) - 1}')
-    drawn = {}
-    for number, (split, count) in enumerate(rows.items()):
-        rng = np.random.default_rng((seed, number))
-        drawn[split] = [draw_chain_in_words(rng, hops) for _ in range(count)]
-    return drawn
 
 
 def draw(rows, seed, hops=HOPS):
-    """split -> raw rows for `rows`, split -> number; images as PNG. Every split has its own random
-    stream."""
-    if not 1 <= hops < len(NUMBERS):
-        raise ValueError(f'hops={hops}: expected 1 to {len(NUMBERS) - 1}')
-    drawn = {}
-    for number, (split, count) in enumerate(rows.items()):
-        rng, drawn[split] = np.random.default_rng((seed, number)), []
-        for i in range(count):
-            image, fields = draw_chain(rng, hops)
-            png = io.BytesIO()
-            Image.fromarray(image).save(png, 'PNG')
-            drawn[split].append(dict(fields, image=png.getvalue(), question_id=f'{i:05d}'))
-    return drawn
+    """split -> raw rows of the colour chain for `rows`, split -> number; images as PNG."""
+    check_hops(hops)
+
+    def draw_row(rng, i):
+        image, fields = draw_chain(rng, hops)
+        png = io.BytesIO()
+        Image.fromarray(image).save(png, 'PNG')
+        return dict(fields, image=png.getvalue(), question_id=f'{i:05d}')
+    return draw_rows(rows, seed, draw_row)
+
+
+def draw_words(rows, seed, hops=HOPS):
+    """split -> rows of the colour chain in words, for a text decoder."""
+    check_hops(hops)
+    return draw_rows(rows, seed, lambda rng, i: draw_chain_in_words(rng, hops))
 
 
 PEOPLE = 'Alex Tom Jack Sally Davis Bob Max Fae Stella Carol Wren Polly Rex Sam Oliver'.split()
@@ -185,9 +195,8 @@ def draw_graphs(rows, seed, nodes):
     among them it does."""
     if not 2 + 2*STEPS <= nodes <= len(KINDS):
         raise ValueError(f'nodes={nodes}: expected {2 + 2 * STEPS} to {len(KINDS)}')
-    drawn = {}
-    for number, (split, count) in enumerate(rows.items()):
-        rng = np.random.default_rng((seed, number))
-        steps = [1 + i%STEPS for i in range(count)]
-        drawn[split] = [draw_graph(rng, int(rng.integers(2 + 2*k, nodes + 1)), k) for k in steps]
-    return drawn
+
+    def draw_row(rng, i):
+        steps = 1 + i % STEPS
+        return draw_graph(rng, int(rng.integers(2 + 2 * steps, nodes + 1)), steps)
+    return draw_rows(rows, seed, draw_row)
