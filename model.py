@@ -12,10 +12,10 @@ Notation: B rows, T tokens a row, L tokens of one pass, S slots (see `lay_out`),
 key/value heads, V vocabulary, n thoughts, P tiles, N visual tokens a tile. State-dict names are
 OpenGVLab's, and timm's inside the vision tower.
 
-Where this leaves the sources, and why:
+Differences from the sources, and why:
 - Coconut pads the batch until all thoughts stand in one column; here each row is cut at its own
-  thoughts, so any number of thoughts may stand anywhere, and n thoughts cost n further passes for
-  the whole batch.
+  thoughts (see `lay_out`), so any number of thoughts may stand anywhere, and n thoughts cost n
+  further passes for the whole batch.
 - The image is encoded once. It stays in the keys and values, so nothing is fused again for a
   thought.
 - Thoughts are never detached: the gradient of the answer reaches thought 1.
@@ -74,12 +74,12 @@ def tokenizer_class(folder):
 
 
 def read_tokenizer(folder):
-    """Not by config.json or tokenizer_config.json, which may name code of the folder that
-    transformers' Auto classes would ask to run. The end token and the chat template come from
-    tokenizer_config.json."""
+    """The class is chosen here: transformers' Auto classes go by config.json, which may name code
+    of the folder, and ask to run that. tokenizer_config.json gives the end token and the chat
+    template."""
     kind = tokenizer_class(folder)
     verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # it warns of another class's name in the config
+    transformers.logging.set_verbosity_error()  # else a warning that the config names another class
     try:
         return kind.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # its readers raise many kinds; each means that a file is damaged
@@ -96,7 +96,7 @@ def add_special_tokens(tokenizer):
     tokenizer.add_tokens(new, special_tokens=True)
     for token in SPECIAL_TOKENS:
         token_id = tokenizer.convert_tokens_to_ids(token)
-        ids = tokenizer.encode(f'a{token}b', add_special_tokens=False)
+        ids = tokenizer.encode(f'a{token}b', add_special_tokens=False)  # also inside other text
         assert ids.count(token_id) == 1, f'{token} is not a token of its own: it became {ids}'
         assert token_id != tokenizer.unk_token_id, f'{token} is the unknown token'
     return tokenizer
@@ -259,12 +259,12 @@ class Layout(NamedTuple):
     slot: torch.Tensor         # int64 [B, T]: the slot of each token, 0 for padding
     ids: torch.Tensor          # int64 [B, S]: the token in each slot
     position: torch.Tensor     # int64 [B, S]: its position in its row, PADDING in an empty slot
-    length: torch.Tensor       # int64 [B, n + 1]: a row's tokens in chunk k, 0 without thought k
+    length: torch.Tensor       # int64 [B, n + 1]: tokens of each row in each chunk, 0 for none
     widths: list               # n + 1 ints: slots of a chunk, the most tokens a row has in it
-    real_slots: list           # n + 1: which of B * width slots hold tokens; None where most do
+    real_slots: list           # n + 1: which of B * width slots hold tokens; None if over 90 % do
     image_slots: torch.Tensor  # int64 [P * N]: which of B * S slots hold <IMG_CONTEXT>, row by row
     image_tokens: list         # B ints: <IMG_CONTEXT> tokens of each row
-    targets: tuple             # row and slot before each supervised token, and that token, int64
+    targets: tuple             # int64 [supervised] three times: row, slot before the token, token
 
 
 def lay_out(input_ids, attention_mask, config, labels=None, device=None):
@@ -280,9 +280,10 @@ def lay_out(input_ids, attention_mask, config, labels=None, device=None):
 
     Row 1 leaves slots 3 4 5 and 8 9 10 empty, row 0 leaves 11 12 13.
 
-    "Column" is a place in input_ids: row 1's t2 is in column 4, its chunk begins there, in slot 7.
+    "Column" is a place in input_ids, and a token's position: row 1's t2 is in column 4, its chunk
+    begins there, in slot 7.
 
-    Runs on the CPU: every size that depends on values is found here, once, so that nothing later
+    Runs on the CPU: every size that depends on values is found here, once, so that `forward` never
     waits for the GPU. Inputs on a GPU are copied first, the one wait there is: leave them on the
     CPU."""
     device = device or input_ids.device
@@ -294,10 +295,10 @@ def lay_out(input_ids, attention_mask, config, labels=None, device=None):
     length = torch.zeros(B, int(chunk_of.max()) + 1, dtype=torch.long)
     length.scatter_add_(1, chunk_of, real.long())                               # [B, n + 1]
     widths = length.max(0).values                                               # [n + 1]
-    chunk_slot = widths.cumsum(0) - widths          # [n + 1]: each chunk's first slot
-    chunk_column = length.cumsum(1) - length        # [B, n + 1]: the column where it begins in ids
+    first_slot = widths.cumsum(0) - widths          # [n + 1], of each chunk
+    first_column = length.cumsum(1) - length        # [B, n + 1]
     # a token's slot: its chunk's first one, and its distance from where its chunk begins
-    slot = chunk_slot[chunk_of] + torch.arange(T) - chunk_column.gather(1, chunk_of)
+    slot = first_slot[chunk_of] + torch.arange(T) - first_column.gather(1, chunk_of)
     slot = torch.where(real, slot, 0)                                           # [B, T]
     row, column = real.nonzero(as_tuple=True)
     S = int(widths.sum())
@@ -309,7 +310,7 @@ def lay_out(input_ids, attention_mask, config, labels=None, device=None):
     real_slots = []
     for k, width in enumerate(widths.tolist()):
         is_real = torch.arange(width) < length[:, k, None]                      # [B, width]
-        # above 0.9, as measured on a CPU, leaving the others out costs more than it saves
+        # above 90 %, as measured on a CPU, leaving the others out costs more than it saves
         mostly = is_real.float().mean() > 0.9
         real_slots.append(None if mostly else is_real.flatten().nonzero()[:, 0].to(device))
     targets = ()
@@ -379,8 +380,8 @@ class MultiCoCo(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """From scratch. Embeddings and the final norm have scale 0.35, so that a thought has the
-        scale of an embedding; with a tied head 64 wide, as in config/toy.py, logits start near
-        scale 1 (0.35 * 0.35 * sqrt(64))."""
+        scale of an embedding; where the head is tied to embeddings of width 64, as in
+        config/toy.py, logits start near scale 1 (0.35 * 0.35 * sqrt(64))."""
         c = self.config
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -480,8 +481,8 @@ class MultiCoCo(nn.Module):
         pass's are added to it."""
         cos, sin = rotary(position, self.config.head_dim, self.config.rope_theta)
         for i, layer in enumerate(self.language_model.model.layers):
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x, k, v = torch.utils.checkpoint.checkpoint(  # never in `generate`
+            if self.activation_checkpointing and torch.is_grad_enabled():  # not in `generate`
+                x, k, v = torch.utils.checkpoint.checkpoint(
                     layer, x, cos, sin, mask, cache[i], real_slots, use_reentrant=False,
                     preserve_rng_state=False)
             else:
@@ -657,7 +658,7 @@ EMBEDDING, HEAD = 'language_model.model.embed_tokens.weight', 'language_model.lm
 EXPORTED = 'multicoco.json'  # knobs and stage beside exported weights
 SUPPORTED = ('supported are InternVL2.5 1B and 4B, InternVL3 1B, 2B, 8B and 14B, InternVL3.5 with '
              'Qwen3, and text decoders of the types qwen2, qwen3 and llama')
-# parts of our names and of a file's: OpenGVLab's are read, those of -hf files read and written
+# (part of our name, part of a file's): OpenGVLab's are read, those of -hf files read and written
 OPENGVLAB_NAMES = (
     ('vision_model.cls_token', 'vision_model.embeddings.class_embedding'),
     ('vision_model.pos_embed', 'vision_model.embeddings.position_embedding'),
@@ -679,7 +680,7 @@ HF_NAMES = (
 # what some files hold and nothing needs: buffers, and the token of a training with masked patches
 UNUSED = re.compile(r'.+\.rotary_emb\.inv_freq|.+\.position_ids|.+\.embeddings\.mask_token')
 TYPES = ('qwen2', 'qwen3', 'llama')
-EXPECTED = (  # values of config.json that this code computes with; () is refused where it is given
+EXPECTED = (  # values of config.json that this code computes with; () where any is refused
     ('text', 'model_type', TYPES), ('text', 'hidden_act', ('silu', 'swish')),
     ('text', 'is_causal', (True,)), ('text', 'partial_rotary_factor', (1.0,)),
     ('text', 'mlp_bias', (False,)), ('', 'quantization_config', ()),
@@ -687,7 +688,7 @@ EXPECTED = (  # values of config.json that this code computes with; () is refuse
     ('', 'projector_hidden_act', ('gelu',)), ('', 'select_layer', (-1,)),
     ('', 'vision_feature_layer', (-1,)), ('', 'vision_feature_select_strategy', ('default',)),
     ('', 'ps_version', ('v1', 'v2')),
-    ('vision', 'qk_normalization', (False,)), ('vision', 'use_qk_norm', (False,)),  # InternViT-6B
+    ('vision', 'qk_normalization', (False,)), ('vision', 'use_qk_norm', (False,)),  # InternViT-6B's
     ('vision', 'norm_type', ('layer_norm',)), ('vision', 'hidden_act', ('gelu',)),
     ('vision', 'num_channels', (3,)), ('vision', 'use_mean_pooling', (True,)),
     ('vision', 'use_absolute_position_embeddings', (True,)))
@@ -716,9 +717,9 @@ def fetch(name_or_path):
     try:
         return snapshot_download(name_or_path, **wanted)
     except (OSError, ValueError, RuntimeError) as error:  # offline, no such repository, no access
-        raise OSError(f'{name_or_path} is not in the local cache and the hub could not be reached '
-                      f'({type(error).__name__}): give a local folder of the checkpoint, or train '
-                      'the built-in data set with config/toy.py') from None
+        raise OSError(f'{name_or_path} is no folder here, not in the local cache, and could not be '
+                      f'had from the hub ({type(error).__name__}): give a local folder of the '
+                      'checkpoint, or train the built-in data set with config/toy.py') from None
 
 
 def read_json(path, default=None):
@@ -726,9 +727,13 @@ def read_json(path, default=None):
         return default
     try:
         with open(path, encoding='utf-8-sig') as f:
-            return json.load(f)
+            content = json.load(f)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f'{path} is not a whole JSON file ({error}): download it again') from None
+    if not isinstance(content, dict):
+        raise ValueError(f'{path} holds a {type(content).__name__}, expected an object: download '
+                         'it again')
+    return content
 
 
 def weight_files(folder):
@@ -740,10 +745,13 @@ def weight_files(folder):
     if 'config.json' not in files:
         raise FileNotFoundError(f'{folder} holds no config.json: give the folder of a whole '
                                 'checkpoint')
-    if 'model.safetensors' in files:  # an index beside it is left from before, as in transformers
+    if 'model.safetensors' in files:  # preferred to an index beside it, as in transformers
         names = ['model.safetensors']
     elif 'model.safetensors.index.json' in files:
         index = read_json(os.path.join(folder, 'model.safetensors.index.json'))
+        if not isinstance(index.get('weight_map'), dict):
+            raise ValueError(f'{folder}: model.safetensors.index.json has no weight_map: download '
+                             'it again')
         names = sorted(set(index['weight_map'].values()))
     else:
         raise FileNotFoundError(f'{folder} holds no model.safetensors and no '
@@ -877,10 +885,10 @@ def read_config(raw, embedding, tokenizer, source, ends):
     text = (fit or texts)[0]
     vision = None if plain else raw.get('vision_config') or {}
     opengvlab = not plain and 'text_config' not in raw
-    if opengvlab:  # what silence means to OpenGVLab's classes; transformers' know v2 alone
+    if opengvlab:  # OpenGVLab's defaults of absent keys; files of the -hf layout are always v2
         raw = {**raw, 'ps_version': raw.get('ps_version') or 'v1'}
         vision = {'qk_normalization': True, 'norm_type': 'rms_norm', 'qkv_bias': False, **vision}
-    # where shapes differ, only another kind of decoder or LoRA explains more than the shapes do
+    # where shapes differ, another kind of decoder or LoRA is the likelier cause, and named first
     if fit or text['model_type'] not in TYPES or raw.get('use_llm_lora'):
         refuse(raw, text, vision, source)
     if not fit:
@@ -901,7 +909,9 @@ def read_config(raw, embedding, tokenizer, source, ends):
     if not ends or tokenizer.eos_token is None:
         raise ValueError(f'{source}: its tokenizer names no end token (eos_token), so that no '
                          'answer would end')
-    pad = (tokenizer.pad_token or tokenizer.eos_token) if plain else '<|endoftext|>'
+    pad = tokenizer.pad_token or tokenizer.eos_token
+    if not plain and '<|endoftext|>' in known:
+        pad = '<|endoftext|>'
     config = Config(
         vocab_size=max(embedding[0], len(tokenizer)), hidden_size=width,
         intermediate_size=text['intermediate_size'], num_hidden_layers=text['num_hidden_layers'],
@@ -994,7 +1004,8 @@ def with_new_rows(matrix, old_ids, new_ids, rows):
 
 
 def fill_with(model, weights, source, assign=False):
-    """Total both ways: every parameter is filled, every tensor is used, shapes agree."""
+    """Loads weights. Raises ValueError unless every parameter is filled, every tensor is used and
+    all shapes agree."""
     wanted = model.state_dict()
     wrong = [f'{name} is missing' for name in wanted if name not in weights]
     wrong += [f'{name} is not known here' for name in weights if name not in wanted]

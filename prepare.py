@@ -8,11 +8,11 @@ a module it turns a row of that folder into model inputs.
     python prepare.py config/toy.py                                the built-in data set, drawn here
 
 A prepared folder holds {split}.jsonl, images/{split}/, cache/tiles/{split}/ and, with
-init_from='scratch', tokenizer/. A row has the fields of Coconut's files, question, steps, answer,
-and where there are, image, choices, correct_choice_idx, question_id; added here are explanation,
-image_size, image_hash. What is left unused or dropped is printed. Sources: Coconut's public data
-code, A-OKVQA's, InternVL's dynamic tiling as transformers' GotOcr2ImageProcessorPil does it, VQA's
-normalisation of answers.
+init_from='scratch', tokenizer/. A row always has question and question_id; where they are given
+steps and answer (Coconut's fields), image, choices, correct_choice_idx, results, edges; and, made
+here, explanation, image_size, image_hash. What is left unused or dropped is printed. Sources:
+Coconut's public data code, A-OKVQA's, InternVL's dynamic tiling as transformers'
+GotOcr2ImageProcessorPil does it, VQA's normalisation of answers.
 """
 import ast
 import contextlib
@@ -41,19 +41,20 @@ from tqdm import tqdm
 from configurator import configure
 from model import END_IMG, END_LATENT, IMG, IMG_CONTEXT, LATENT, SPECIAL_TOKENS, START_LATENT, fetch
 
-# rows are encoded one by one, and workers are forked, which older tokenizers would warn of
+# rows are encoded one by one; without this the library warns in each forked worker
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
 
 # --- knobs of the command -------------------------------------------------------------------------
-dataset = 'HuggingFaceM4/A-OKVQA'  # hub id, parquet folder, .jsonl, .json; or drawn, see below
+dataset = 'HuggingFaceM4/A-OKVQA'  # hub id, folder of parquet, .parquet, .jsonl, .json, or
+# drawn: 'toy', 'words' (its chain in words), 'prosqa' (graphs), 'prosqa_full' (published size)
 data_dir = 'data/aokvqa'           # the prepared folder
 init_from = 'OpenGVLab/InternVL3-1B-Pretrained'  # or a .pt; or 'scratch': a tokenizer is trained
-steps_from = 'first'               # 'first' rationale, cut into steps, or 'all', each a step
-max_latent_stage = 4               # a rationale of one sentence is cut into so many spans of words
+steps_from = 'first'               # 'first': cut that rationale into steps; 'all': each is a step
+max_latent_stage = 4               # one sentence alone is cut into so many spans of words
 image_size = 448                   # side of a tile in pixels
 max_tiles = 8                      # without the thumbnail
 cache_tiles = True                 # tiles as uint8 on disk; False cuts them while training
-train_rows = 8192                  # of each split, where dataset is 'toy', 'words' or 'prosqa'
+train_rows = 8192                  # from here on where dataset is drawn: rows of each split
 val_rows = 500
 test_rows = 500
 hops = 4                           # doors to follow in 'toy' and 'words'
@@ -62,7 +63,7 @@ seed = 1337
 # --- how a row becomes text, as in train.py; here used only to train a tokenizer from scratch
 PROMPT = ('<image>\nQuestion: {question}\n\nChoices:\n{choices}\n\n'
           'Let me think step by step:\n')
-ANSWER = 'The answer is {letter}. {choice}'  # also {answer}, {explanation} (first of a rationale)
+ANSWER = 'The answer is {letter}. {choice}'  # also {answer}, {explanation} (1st sentence)
 prompt = PROMPT
 answer = ANSWER
 
@@ -122,7 +123,7 @@ def build_text(row, stage, mode='coconut', c_thought=2, max_latent_stage=4, pad_
     the stage's full number, like a question whose steps nobody knows. Stage 0 has no thoughts.
     visual_bridge says in words that the image is looked at: in stage 0 before the first step, later
     before the thoughts and, unless it speaks of seeing, before the first written step."""
-    # template: the chat turns around the prompt; frame_of has made a text with {prompt} of 'chat'
+    # template: the turns around the prompt, 'plain', 'chatml', or what frame_of has made of 'chat'
     if mode not in MODES or (template not in ('plain', 'chatml') and '{prompt}' not in template):
         raise ValueError(f'mode={mode!r}, template={template!r}: expected one of '
                          f'{", ".join(MODES)}; plain, chatml or a text with {{prompt}}')
@@ -149,6 +150,7 @@ def build_text(row, stage, mode='coconut', c_thought=2, max_latent_stage=4, pad_
                 f'<|im_start|>user\n{text.rstrip()}<|im_end|>\n<|im_start|>assistant\n')
     elif template != 'plain':
         text = template.replace('{prompt}', text.rstrip())
+    # rows of a test split may have no answer
     target = '\n'.join([*lines, fill(answer, row)]) if 'answer' in row else None
     return text + bridge, thoughts, target
 
@@ -167,20 +169,26 @@ def frame_of(template, tokenizer):
 def begin_of(prompt, tokenizer):
     """The ids that a tokenizer puts before every text, as Llama 3's does; [] where the prompt
     starts with them already."""
-    ids = tokenizer.encode('')  # where there are none '' is decoded, with which each prompt starts
-    return [] if prompt.startswith(tokenizer.decode(ids)) else ids
+    ids = tokenizer.encode('')
+    return [] if not ids or prompt.startswith(tokenizer.decode(ids)) else ids
 
 
 def thought_targets(row, tokenizer, thoughts, c_thought=2):
     """For each thought the token that begins the result of the step it stands for, if it is the
-    first of that step's thoughts; else -100. The result is the row's own, or in Coconut's format
-    the step's last word."""
+    first of that step's thoughts; else -100. The result is the row's own where it has one for each
+    step, else, as in Coconut's format, the step's last word."""
     targets = [-100] * thoughts
-    for k, step in zip(range(0, thoughts, c_thought), row.get('steps') or ()):
-        result = (row.get('results') or [])[k // c_thought:][:1] or re.findall(r'\w+', step)[-1:]
-        for name in result:
-            written = name if step.startswith(name) else f' {name}'
-            targets[k] = tokenizer.encode(written, add_special_tokens=False)[0]
+    steps, results = row.get('steps') or (), row.get('results') or ()
+    if len(results) != len(steps):
+        results = [(re.findall(r'\w+', step) or [''])[-1] for step in steps]
+    for k, step, result in zip(range(0, thoughts, c_thought), steps, results):
+        if not result:
+            continue
+        # as it stands in the step, with the space that belongs to the token
+        written = result if step.rfind(result) == 0 else f' {result}'
+        ids = tokenizer.encode(written, add_special_tokens=False)
+        says = [i for i in ids if tokenizer.decode([i]).strip()]  # Qwen's ' 4' is a space and a 4
+        targets[k] = (says or ids)[0]
     return targets
 
 
@@ -235,9 +243,9 @@ def collate(rows):
     lengths = torch.tensor([len(row['input_ids']) for row in rows])
     T = int(lengths.max())
 
-    def pad(key, value):
-        longest = max(len(row[key]) for row in rows)
-        return torch.tensor([row[key] + [value] * (longest - len(row[key])) for row in rows])
+    def pad(key, filler):
+        values = [torch.tensor(row[key], dtype=torch.long) for row in rows]
+        return torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=filler)
 
     tiles = [row['pixel_values'] for row in rows]
     held = [t for t in tiles if t is not None]
@@ -247,13 +255,13 @@ def collate(rows):
     if rows[0]['labels'] is not None:
         batch['labels'] = pad('labels', -100)
     if 'thought_labels' in rows[0]:
-        batch['thought_labels'] = pad('thought_labels', -100).long()
+        batch['thought_labels'] = pad('thought_labels', -100)
     return batch
 
 
 def count_supervised(batch):
     """The number of tokens that a batch's loss is the mean over."""
-    return int((batch['labels'][:, 1:] != -100).sum())
+    return int((batch['labels'][:, 1:] != -100).sum())  # nothing predicts the first
 
 
 def micro_batches(batch, size):
@@ -274,7 +282,7 @@ def batches(dataset, groups, num_workers=0, pin_memory=False):
     of workers changes nothing but speed."""
     loader = torch.utils.data.DataLoader(
         dataset, batch_sampler=groups, collate_fn=collate, num_workers=num_workers,
-        # the loader draws its workers' seed from this, not from the global one
+        # the workers' seed is drawn from this: the global one stays as it is, workers or not
         pin_memory=pin_memory, generator=torch.Generator(),
         worker_init_fn=leave_signals_to_the_parent)
     try:
@@ -329,10 +337,11 @@ LETTER = re.compile(r"([A-Ha-h])(?:(?=[\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af])
 LETTERED = re.compile(r'[A-H](?:[).:,\]|"\'>]|\s*$|\s+-\s|\s+(?:because|since|as)\b)'
                       r'|[a-h](?:[).:](?=\s|$)|\s*$)', re.M)
 BULLET = re.compile(r'[\s"\'(\[{<>#„•]*(?:\d+[.)]\s+(?=[A-H]\b))?(?:-(?!\d)\s*)?')
-# before an answer that is denied or only supposed: 'doubt that', 'if it were'
+# before an answer that is denied or only supposed in the same clause: 'doubt that', 'if it were'
 SUPPOSED = re.compile(r'(?:\b(?:not|no way|impossible|doubt|wrong|incorrect|might|never'
                       r'|ruled? out|eliminated?|excluded?)\b|n\'t\b|不)'
-                      r'[^.!?,;\n]*$|\bwere\b[^.!?\n]*$', re.I)
+                      r'(?:(?!\b(?:so|therefore|thus|hence|but)\b)[^.!?,;\n])*$'
+                      r'|\bwere\b[^.!?\n]*$', re.I)
 # takes back what was said before it
 CORRECTED = re.compile(r'(?:^|[.!?,;\n])\s*(?:no,\s+)?(?:wait|actually|on second thought'
                        r'|correction|hmm|sorry|i was wrong|let me re\w*)\b', re.I)
@@ -341,10 +350,15 @@ DENIED = re.compile(r'[\s:.,()\]-]*(?:no|false|wrong|incorrect)\b', re.I)
 FUNCTION_WORDS = {'yes', 'no', 'none', 'both', 'all', 'neither', 'either', 'not', 'true', 'false'}
 
 
+def compatible(text):
+    """One form of each character (NFKC); a raised number stays one, 10² is not 102."""
+    return unicodedata.normalize('NFKC', re.sub('([⁰¹²³⁴⁵⁶⁷⁸⁹]+)', r'^\1', text))
+
+
 def plain(text):
     """Text as answers are compared: one form of each character, no markup, quotes straight."""
-    text = unicodedata.normalize('NFKC', text)
-    text = re.sub('[“”]', '"', re.sub('[‘’´]', "'", text))
+    text = compatible(re.sub('[‘’´]', "'", text))
+    text = re.sub('[“”]', '"', text)
     text = re.sub(r'[−–](?=\s?\d)', '-', text)
     text = re.sub(r'<think>.*</think>', ' ', text, flags=re.S)
     text = re.sub(r'\\(?:text|mathrm|mathbf|textbf)\{([^{}]*)\}', r'\1', text)
@@ -439,6 +453,8 @@ class AnswerReader:
         if second and (name or len(self.names[second[0]]) > 1):  # letter and name say it twice
             option = -1 if self.differ(option, second[0]) else option
             end = second[1]
+            if WRONG.match(self.text, end):
+                return None
         if joined := JOINED.match(self.text, end):
             other = self.letter_at(joined.end(), capital=True) or self.name_at(joined.end())
             denied = other and WRONG.match(self.text, other[1])
@@ -494,10 +510,10 @@ class AnswerReader:
             before = self.text[:start]
             inside = any(a <= start and end <= b and b - a > end - start for a, b, _ in spans)
             loose = self.names[i].lower() in FUNCTION_WORDS and before.strip()
-            if not (inside or loose or NEGATED.search(before)):
+            denied = NEGATED.search(before) or WRONG.match(self.text, end)
+            if not (inside or loose or denied):
                 found.add(i)
-        first = min(found, default=None)
-        return None if any(self.differ(first, i) for i in found) else first
+        return min(found) if len({self.names[i] for i in found}) == 1 else None
 
     def read(self, ended):
         """The option that the answer says, None for none, -1 for several."""
@@ -509,7 +525,7 @@ class AnswerReader:
         if corrections:  # what was said before is taken back, if anything is said then
             rest = self.text[corrections[-1].end():].lstrip(' ,.:;!-\n')
             said = AnswerReader(rest, self.names).read(ended)
-            if said is not None or len(re.findall(r'\w+', rest)) > 0:
+            if said is not None or re.search(r'\w', rest):
                 return said
         said = [*self.said_after(ANSWER_IS), *self.said_right()]
         if said or not ended:
@@ -532,7 +548,7 @@ def fits_template(text, template, letter, choice):
     """Whether a text ends as the answer template does for this option."""
     fields = dict(letter=letter, choice=choice, answer=choice)
     pattern, used = '', set()
-    for literal, field, *_ in string.Formatter().parse(template):
+    for literal, field, *_ in string.Formatter().parse(template.strip()):
         pattern += re.escape(literal)
         if field is not None:
             pattern += re.escape(fields[field]) if field in fields else '.*'
@@ -567,17 +583,16 @@ NUMBERS = 'zero one two three four five six seven eight nine ten'.split()
 def normalised(text):
     """A free answer as VQA's evaluation compares them: case, articles, punctuation and number words
     do not count. Unlike there a minus before a digit stays, and 'none' is no number."""
-    text = re.sub('([⁰¹²³⁴-⁹]+)', r'^\1', text)                   # 10² is not 102
-    text = unicodedata.normalize('NFKC', text).lower().replace('’', "'")
+    text = compatible(text).lower().replace('’', "'")
     text = text.lstrip('# ')                                     # GSM8K writes #### 18
     text = re.sub(r'(?<!\w)[-−–]\s?(?=\d)', '-', text)
     text = re.sub(r'(?<=\d)\.0+(?!\d)', '', text)                # 18.0
     text = re.sub(r'(?<!\d)\.(?=\d)', '0.', text)                # .5
     text = re.sub(r'(?<=\d),(?=\d{3})', '', text)                # 1,000
     text = re.sub(r'\s+(?=%)', '', text)                         # 5 %
+    text = re.sub(r'\b(?:a|an|the)\s+(?=\S)', '', text)          # but vitamin a, and 'a, b'
     text = re.sub(r'(?<=\w)-(?=\w)|(?<!\d)/|/(?!\d)|[;\[\]"{}()\\_@`?!,:*。、]', ' ', text)
     text = re.sub(r'\.(?!\d)', '', text)                         # but 1.5
-    text = re.sub(r'\b(?:a|an|the)\s+(?=\S)', '', text)          # but vitamin a
     words = text.split()
     words = [str(NUMBERS.index(word)) if word in NUMBERS else word for word in words]
     return ' '.join(words)
@@ -749,22 +764,27 @@ def tile_image(image, size=448, min_tiles=1, max_tiles=8, thumbnail=True):
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
+def tiles_path(row, folder, split, size, max_tiles):
+    """Where a row's tiles are cached: the name holds the picture, how it is cut, and by what."""
+    min_tiles, thumbnail = 1, True
+    key = repr((size, min_tiles, max_tiles, thumbnail, TILING_VERSION, row['image_hash']))
+    stem = os.path.splitext(os.path.basename(row['image']))[0]
+    name = f'{stem}_{hashlib.sha256(key.encode()).hexdigest()[:12]}.npy'
+    return os.path.join(folder, 'cache', 'tiles', split, name)
+
+
 def load_tiles(row, folder, split, size=448, max_tiles=8, cache=True):
     """A prepared row's tiles, from the cache, else cut from its image and then cached; None without
     an image."""
     if not row.get('image'):
         return None
-    min_tiles, thumbnail = 1, True
-    key = repr((size, min_tiles, max_tiles, thumbnail, TILING_VERSION, row['image_hash']))
-    stem = os.path.splitext(os.path.basename(row['image']))[0]
-    name = f'{stem}_{hashlib.sha256(key.encode()).hexdigest()[:12]}.npy'
-    path = os.path.join(folder, 'cache', 'tiles', split, name)
+    path = tiles_path(row, folder, split, size, max_tiles)
     if cache and os.path.isfile(path):
         return torch.from_numpy(np.load(path))
     tiles = tile_image(load_image(os.path.join(folder, row['image'])), size, 1, max_tiles)
     if cache:
         with replacing(path) as part, open(part, 'wb') as f:
-            np.save(f, tiles.numpy())
+            np.save(f, tiles.numpy())  # to a path it would add .npy
     return tiles
 
 
@@ -903,13 +923,13 @@ def as_items(value, field):
             return None
         try:
             return json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             pass  # a Python list, as A-OKVQA's, or no list
         if re.search(r'''['"]\s+['"]''', value):  # without commas Python would glue the items
             raise Dropped(f'whose {field} is a list without commas, written as text')
         try:
             return ast.literal_eval(value.strip())
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             return None
     raise Dropped(f'whose {field} is {type(value).__name__}, not a list')
 
@@ -995,21 +1015,19 @@ def right_choice(raw, choices):
     return known
 
 
-def build_row(raw, split, steps_from='first', max_latent_stage=4):
-    """A raw row to (prepared row, None), or to (None, the reason it is dropped)."""
-    try:
-        return read_row(raw, split, steps_from, max_latent_stage), None
-    except Dropped as reason:
-        return None, str(reason)
+def name_of(raw):
+    """A raw row's id as text, what is not valid Unicode escaped; '' without one."""
+    for field in ('question_id', 'idx', 'id'):
+        if not is_missing(raw.get(field)):
+            return as_text(raw[field], field).encode(errors='backslashreplace').decode()
+    return ''
 
 
-def read_row(raw, split, steps_from, max_latent_stage):
-    """A raw row's fields as a prepared row has them, the image left out. Raises Dropped."""
+def read_row(raw, split, steps_from='first', max_latent_stage=4):
+    """A raw row's fields as a prepared row has them, id and image left out. Raises Dropped."""
     if is_missing(raw.get('question')):
         raise Dropped('without a question')
-    names = [raw.get(field) for field in ('question_id', 'idx', 'id')]
-    name = next((as_text(n, 'question_id') for n in names if not is_missing(n)), '')
-    row = dict(question_id=name, question=as_text(raw['question'], 'question'))
+    row = dict(question=as_text(raw['question'], 'question'))
     choices = raw.get('choices')
     empty = isinstance(choices, (list, str)) and choices in ([], '[]')
     if not is_missing(choices) and not empty:
@@ -1057,7 +1075,7 @@ def edges_of(raw):
     names, edges = raw.get('idx_to_symbol'), raw.get('edges')
     try:
         pairs = [[names[a], names[b]] if names else [a, b] for a, b in edges]
-    except (TypeError, ValueError, IndexError):
+    except (TypeError, ValueError, LookupError):
         return {}
     return {'edges': pairs} if all(isinstance(n, str) for pair in pairs for n in pair) else {}
 
@@ -1065,13 +1083,12 @@ def edges_of(raw):
 def check_text(row):
     """Raises Dropped for what would be taken for one of the prompt's own tokens, or is no text."""
     texts = [row['question'], row.get('answer', ''), *row.get('choices', ()), *row.get('steps', ()),
-             row.get('explanation', ''), *row.get('results', ())]
+             row.get('explanation', ''), *row.get('results', ()), *sum(row.get('edges', ()), [])]
     for text in texts:
         for token in RESERVED:
             if token in text:
                 raise Dropped(f'whose own text holds {token}')
     try:
-        row['question_id'].encode()
         ''.join(texts).encode()
     except UnicodeEncodeError:
         raise Dropped('whose text is not valid Unicode') from None
@@ -1121,17 +1138,17 @@ SPLIT_WORDS = dict(train='train', validation='validation', valid='validation', v
 def words_of(path):
     """The words of a file's name, without shard numbers."""
     name = os.path.splitext(os.path.basename(path))[0].lower()
-    return re.findall(r'[a-z]+|\d+', re.sub(r'\d+-of-\d+', '', name))
+    return re.findall(r'[^\W\d_]+|\d+', re.sub(r'\d+-of-\d+', '', name))
 
 
 def cut_name(path):
-    """A file name's last word that says a split, and its other words: of own_val_train.jsonl
-    ('train', ['own', 'val'])."""
+    """A file name's last word that says a split, and its words with a gap in that place: of
+    own_val_train.jsonl ('train', ['own', 'val', ''])."""
     words = words_of(path)
     places = [i for i, word in enumerate(words) if word in SPLIT_WORDS]
     if not places:
         return '', words
-    return words[places[-1]], words[:places[-1]] + words[places[-1] + 1:]
+    return words[places[-1]], words[:places[-1]] + [''] + words[places[-1] + 1:]
 
 
 def split_of(name):
@@ -1226,12 +1243,12 @@ def read_raw(dataset, data_dir):
                          'file: give such a folder, or a .jsonl or .json file')
     folders = [os.path.abspath(dataset), *(os.path.dirname(path) for paths in files.values()
                                            for path in paths)]
-    if dataset.endswith(('.json', '.jsonl')) and local:
+    if dataset.endswith(('.json', '.jsonl')) and os.path.isfile(dataset):
         rows = {split: [row for path in paths for row in read_json_rows(path)]
                 for split, paths in files.items()}
     else:
         rows = read_arrow(dataset, files, data_dir)
-    if list(rows) == ['train']:
+    if 'train' in rows and 'validation' not in rows:
         train = rows['train']
         held = max(1, len(train) // 20)  # 5 %
         if len(train) < 2:
@@ -1240,10 +1257,11 @@ def read_raw(dataset, data_dir):
         print(f'no validation rows beside {dataset}: its last {held} rows are held out')
         first_held = len(train) - held
         if isinstance(train, list):
-            rows = dict(train=train[:first_held], validation=train[first_held:])
+            kept, taken = train[:first_held], train[first_held:]
         else:
-            rows = dict(train=train.select(range(first_held)),
-                        validation=train.select(range(first_held, len(train))))
+            kept = train.select(range(first_held))
+            taken = train.select(range(first_held, len(train)))
+        rows = {**rows, 'train': kept, 'validation': taken}
     return rows, list(dict.fromkeys(folders))
 
 
@@ -1310,12 +1328,10 @@ class Split:
         self.rows = []                    # (place in raw, prepared row)
         self.dropped = defaultdict(list)  # reason -> rows
         for i, fields in enumerate(tqdm(raw, desc=f'{split}: reading', disable=None)):
-            row, reason = build_row(fields, split, steps_from, max_latent_stage)
-            if row is None:
-                self.dropped[reason].append(str(fields.get('question_id', i)))
-                continue
-            row['question_id'] = row['question_id'] or str(i)
+            row = dict(question_id=str(i))
             try:
+                row['question_id'] = name_of(fields) or str(i)
+                row.update(read_row(fields, split, steps_from, max_latent_stage))
                 data = read_picture(fields, folders)
                 if data is not None:
                     kind, size = image_header(data)
@@ -1370,14 +1386,18 @@ class Split:
             taken.add(stem.lower())
             row['image'] = f'images/{self.split}/{stem}.{row.pop("ending")}'
 
-    def need(self, image_size, max_tiles, cache_tiles):
-        """Bytes that images and tiles take."""
+    def need(self, folder, image_size, max_tiles, cache_tiles):
+        """Bytes that the images and tiles take which are not there from an earlier preparation."""
         total = 0
         for _, row in self.rows:
-            if 'image' in row:
+            if 'image' not in row:
+                continue
+            if not os.path.isfile(os.path.join(folder, row['image'])):
+                total += row['bytes']
+            cached = tiles_path(row, folder, self.split, image_size, max_tiles)
+            if cache_tiles and not os.path.isfile(cached):
                 tiles = count_tiles(*row['image_size'], image_size, max_tiles=max_tiles)
-                header = 128                                                    # of a .npy file
-                total += row['bytes'] + cache_tiles * (header + 3 * image_size ** 2 * tiles)
+                total += 128 + 3 * image_size ** 2 * tiles  # 128: the header of a .npy file
         return total
 
     def write_images(self, folder, image_size, max_tiles, cache_tiles):
@@ -1433,12 +1453,14 @@ def prepare(raw, folders, data_dir, steps_from, max_latent_stage, image_size, ma
     for split in splits:
         split.check(any_image, any_steps)
         split.name_files()
-    need = sum(split.need(image_size, max_tiles, cache_tiles) for split in splits)
+        if not split.rows:
+            split.report()  # raises, before anything is written
+    need = sum(split.need(data_dir, image_size, max_tiles, cache_tiles) for split in splits)
     free = shutil.disk_usage(data_dir).free
     if need:
         print(f'images and tiles take up to {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free')
     if need > free:
-        raise OSError(f'{data_dir} needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free: choose '
+        raise OSError(f'{data_dir} needs {need / 1e9:.2f} GB more, {free / 1e9:.2f} GB are free: choose '
                       'another --data_dir, or --cache_tiles=False, which tiles while training')
     for split in splits:
         split.write_images(data_dir, image_size, max_tiles, cache_tiles)
@@ -1479,6 +1501,9 @@ if __name__ == '__main__':
         raise ValueError(f'steps_from={steps_from!r}, image_size={image_size}, '
                          f'max_tiles={max_tiles}, max_latent_stage={max_latent_stage}: expected '
                          'first or all, and numbers of 1 or more')
+    example = dict(question='?', choices=['a', 'b'], correct_choice_idx=0, answer='a')
+    for template in (prompt, answer):
+        fill(template, example)  # raises where it cannot be filled
     if init_from != 'scratch' and not init_from.endswith('.pt'):
         fetch(init_from)  # into the hub's cache now, so that training needs no network
     try:
@@ -1486,7 +1511,7 @@ if __name__ == '__main__':
     except OSError as error:
         raise OSError(f'data_dir={data_dir!r} cannot be a folder ({error.strerror}): give '
                       'another') from None
-    if dataset in ('toy', 'words', 'prosqa'):
+    if dataset in ('toy', 'words', 'prosqa', 'prosqa_full'):
         from experiments import toy
         counts = dict(train=train_rows, validation=val_rows, test=test_rows)
         folders = []
@@ -1494,8 +1519,10 @@ if __name__ == '__main__':
             raw = toy.draw(counts, seed, hops)
         elif dataset == 'words':
             raw = toy.draw_words(counts, seed, hops)
-        else:
+        elif dataset == 'prosqa':
             raw = toy.draw_graphs(counts, seed, nodes)
+        else:
+            raw = toy.draw_published(counts, seed)
     else:
         source = dataset if os.path.isdir(dataset) else os.path.dirname(os.path.abspath(dataset))
         if os.path.exists(dataset) and os.path.realpath(source) == os.path.realpath(data_dir):

@@ -5,7 +5,7 @@ batches and how its answers are scored, in training as here.
     python sample.py --ckpt out/best.pt --image cat.jpg
     python sample.py --ckpt out/best.pt --export FOLDER      for transformers, with a model card
     python sample.py --ckpt out-toy/best.pt --image data/toy/images/test/00000.png \\
-                     --question "Four doors from red?" --choices "blue|green|pink|white"
+                     --question "Four doors from red?" --choices "blue|green|pink|white" \\
                      --show_thoughts 5
 
 --image takes one file, several separated by commas, or a folder; all are answered in one batch.
@@ -226,8 +226,10 @@ def model_card(title, model, saved, source):
                   f'mode {knobs["mode"]}, up to stage {saved["stage"]} of the curriculum, epoch '
                   f'{saved["epoch"]}, step {saved["step"]}, from {knobs["init_from"]} on '
                   f'{knobs["data_dir"]}.', '',
-                  f'Accuracy on that data\'s validation rows: {100 * saved["accuracy"]:.1f} %, by '
-                  'greedy answers written freely; an answer that says no option counts as wrong.']
+                  f'Accuracy on that data\'s validation rows in its latest evaluation: '
+                  f'{100 * saved["accuracy"]:.1f} %, by greedy answers written freely; an answer '
+                  'that says no option counts as wrong.' if saved['epoch'] or saved['accuracy'] else
+                  'Its accuracy was not measured yet.']
     else:
         lines += ['It was not trained by MultiCoCo. Its accuracy was not measured.']
     lines += ['', '## Thoughts', '',

@@ -731,8 +731,30 @@ def test_incomplete_checkpoints(tmp_path, monkeypatch):
         MultiCoCo.from_pretrained(str(tmp_path / 'b'))
     monkeypatch.setattr('model.snapshot_download', lambda *a, **k:
                         (_ for _ in ()).throw(OSError('no route')))
-    with pytest.raises(OSError, match='could not be reached .* local folder .* config/toy.py'):
+    with pytest.raises(OSError, match='no folder here, .* hub .* local folder .* config/toy.py'):
         MultiCoCo.from_pretrained('some/model')
+
+
+@pytest.mark.parametrize('name, content, message', (
+    ('model.safetensors.index.json', '{}', 'has no weight_map'),
+    ('model.safetensors.index.json', '[]', 'holds a list, expected an object'),
+    ('config.json', '[]', 'holds a list, expected an object')))
+def test_json_files_of_another_form(tmp_path, name, content, message):
+    save_tiny(tmp_path, shard_size='20KB')
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        MultiCoCo.from_pretrained(str(tmp_path))
+
+
+def test_a_tokenizer_without_endoftext_pads_with_its_own_token(tmp_path):
+    """Padding is never read; only its id has to be one."""
+    save_tiny(tmp_path)
+    for file in ('tokenizer.json', 'tokenizer_config.json'):
+        text = (tmp_path / file).read_text()
+        (tmp_path / file).write_text(text.replace('<|endoftext|>', '<|other|>'))
+    model, tokenizer = MultiCoCo.from_pretrained(str(tmp_path)), load_tokenizer(str(tmp_path))
+    assert '<|endoftext|>' not in tokenizer.get_vocab()
+    assert model.config.pad_token_id == tokenizer.pad_token_id
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1046,8 +1068,17 @@ RAW = dict(question_id='a', question='Q? ', choices=list('wxyz'), correct_choice
            rationales=['One two. Three!', 'b'])
 
 
+def build_row(raw, split='train', steps_from='first', max_latent_stage=4):
+    """(prepared row, None), or (None, the reason why it is dropped)."""
+    try:
+        row = prepare.read_row(raw, split, steps_from, max_latent_stage)
+        return dict(row, question_id=prepare.name_of(raw)), None
+    except prepare.Dropped as reason:
+        return None, str(reason)
+
+
 def test_rows_of_aokvqa():
-    build = lambda split='train', steps_from='first', **k: prepare.build_row(
+    build = lambda split='train', steps_from='first', **k: build_row(
         dict(RAW, **k), split, steps_from, 4)
     row, _ = build()
     assert (row['question'], row['steps'], row['answer'], row['explanation']) == (
@@ -1218,7 +1249,7 @@ def test_code_of_a_checkpoint_folder_is_never_run(tmp_path, monkeypatch):
          question_id=None,
          idx=7), 'question_id', '7'), (dict(question_id=3.0), 'question_id', '3')))
 def test_obvious_conversions(changes, field, expected):
-    row, reason = prepare.build_row(dict(RAW, **changes), 'train')
+    row, reason = build_row(dict(RAW, **changes), 'train')
     assert reason is None
     assert row[field] == expected
 
@@ -1249,7 +1280,7 @@ def test_obvious_conversions(changes, field, expected):
      (dict(choices=['w', 'x<|im_end|>', 'y']), r'whose own text holds <\|im_end\|>'),
      (dict(question='a \ud83d?'), 'whose text is not valid Unicode')))
 def test_rows_that_cannot_be_used_are_dropped_with_the_reason(changes, reason):
-    row, said = prepare.build_row(dict(RAW, **changes), 'train')
+    row, said = build_row(dict(RAW, **changes), 'train')
     assert row is None
     assert re.match(reason, said)
 
@@ -1295,6 +1326,22 @@ def test_a_files_companions_are_its_other_splits(tmp_path, train, validation):
     assert 'validation: 2 rows of 2' in said
     assert 'not used, 1 more files there: another_test.jsonl' in said
     assert all('image' in row for row in prepare.read_split(str(tmp_path / 'out'), 'train'))
+
+
+@pytest.mark.parametrize('other', ('犬_test.jsonl', 'test_猫.jsonl'))
+def test_files_of_another_name_are_no_companions(tmp_path, other):
+    dataset = own_rows(tmp_path / 'in', '猫_train.jsonl')
+    own_rows(tmp_path / 'in', other, 2)
+    assert f'not used, 1 more files there: {other}' in prepared(tmp_path / 'out', dataset)
+
+
+def test_validation_rows_are_held_out_beside_a_test_file_too(tmp_path):
+    dataset = own_rows(tmp_path / 'in', 'mine_train.jsonl')
+    own_rows(tmp_path / 'in', 'mine_test.jsonl', 2)
+    said = prepared(tmp_path / 'out', dataset)
+    assert 'its last 1 rows are held out' in said
+    for split, count in (('train', 3), ('validation', 1), ('test', 2)):
+        assert len(prepare.read_split(str(tmp_path / 'out'), split)) == count
 
 
 def test_parquet_files_by_a_word_of_their_name_or_folder(tmp_path):
@@ -1405,7 +1452,8 @@ SAID = {  # option -> texts that say it; None: texts that say none, or several
         'Final answer: A kite', 'There is a dog. The answer is B. kite',
         'Step 1: a dog is seen.\nStep 2: the car is red.\nB. kite',
         'A. cat\nB. kite\nC. dog\nD. car\n\nThe answer is B', 'blue\nkite B',
-        'not a dog but a kite', 'The answer is not the dog, it is B', 'Answer: B (not A)'
+        'not a dog but a kite', 'The answer is not the dog, it is B', 'Answer: B (not A)',
+        'I do not see a dog so the answer is B', 'A. cat is wrong.\nB. kite.'
     ], 2: [
         'The answer is A. Wait, no. It is C.', 'Is the answer A? No, it is C.',
         'The answer is C; D is wrong', '**C**', '\\boxed{C}', '$\\boxed{\\text{C}}$',
@@ -1426,7 +1474,8 @@ SAID = {  # option -> texts that say it; None: texts that say none, or several
         'A or B', 'A/B', 'A, B', '(A) or (C)', 'AB', 'A B C D', 'A. cat B. kite C. dog D. car',
         'cat or dog', 'B. dog', 'dog A', 'not A', 'Neither A nor B', 'The dog sits in the car.',
         'It has a lot of vitamin C', 'carpet', 'hotdog', 'He is in Plan B', 'None of the above',
-        "The answer isn't A", 'A+', 'C#', 'B-52', 'D.C.', 'A.M.', 'It is not a car.'
+        "The answer isn't A", 'The answer A. cat is wrong', 'I don´t think the answer is A.',
+        'A+', 'C#', 'B-52', 'D.C.', 'A.M.', 'It is not a car.'
     ]
 }
 
@@ -1462,7 +1511,8 @@ def test_answers_are_read_only_where_they_say_an_option(option):
      ('不是狗', ['猫', '风筝', '狗', '车'], None),
      ('图中有一只狗。', ['猫', '风筝', '狗', '车'], 2),
      ('cafe\u0301', ['caf\u00e9', 'bar', 'inn', 'pub'], 0),
-     ('ﬁsh', ['fish', 'dog', 'cat', 'car'], 0)))
+     ('ﬁsh', ['fish', 'dog', 'cat', 'car'], 0),
+     ('The answer is 10².', ['102', '10²', '1', '2'], 1)))
 def test_letters_and_names_inside_options(text, choices, expected):
     assert prepare.extract_choice(text, choices) == ((0, False) if expected is None else
                                                      (expected, True))
@@ -1481,7 +1531,7 @@ def test_text_that_ran_out_is_no_answer_unless_it_said_one():
     'template',
     (prepare.ANSWER, '{choice} {letter}', '{letter}', '{choice}', '<answer>{letter}</answer>',
      '\\boxed{{{letter}}}', '{letter}, because {explanation}', '{letter}. {choice}\n{explanation}',
-     '答案是{letter}', '{explanation} So {letter}'))
+     '答案是{letter}', '{explanation} So {letter}', 'It is {choice}\n'))
 def test_the_recipes_own_text_is_read_back(template):
     """Whatever the options are, also where a letter or a name alone would be taken for another
     option."""
@@ -2086,7 +2136,8 @@ def test_answers_in_further_words(text, expected):
 
 @pytest.mark.parametrize('said, known, right', (
     ('3 4', '3/4', False), ('3/4', '3/4', True), ('102', '10²', False), ('10²', '10²', True),
-    ('5%', '5 %', True), ('狗。', '狗', True), ('cat/dog', 'cat dog', True)))
+    ('5%', '5 %', True), ('狗。', '狗', True), ('cat/dog', 'cat dog', True),
+    ('A, B', 'B', False), ('the (big) cat', 'big cat', True)))
 def test_signs_in_free_answers(said, known, right):
     row = dict(question='?', answer=known)
     assert prepare.free_answer_is(said, row, '{answer}')[0] is right
@@ -2094,16 +2145,61 @@ def test_signs_in_free_answers(said, known, right):
 
 @pytest.mark.parametrize('answer', ('B', 'b', 'B. dog', 'dog'))
 def test_options_that_begin_with_their_letters(answer):
-    row, reason = prepare.build_row(dict(question='?', choices=['A. cat', 'B. dog'], answer=answer),
+    row, reason = build_row(dict(question='?', choices=['A. cat', 'B. dog'], answer=answer),
                                     'validation')
     assert reason is None
     assert row['choices'] == ['cat', 'dog']
     assert row['answer'] == 'dog'
 
 
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    """What an earlier preparation has left there needs no more space."""
+    own_rows(tmp_path, 'mine_train.jsonl')
+    own_rows(tmp_path, 'mine_val.jsonl', 1)
+    raw, folders = prepare.read_raw(str(tmp_path / 'mine_train.jsonl'), str(tmp_path))
+    out = tmp_path / 'out'
+    out.mkdir()
+    knobs = dict(data_dir=str(out), steps_from='first', max_latent_stage=4, image_size=28,
+                 max_tiles=4, cache_tiles=True)
+    usage = prepare.shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(prepare.shutil, 'disk_usage', lambda path: usage._replace(free=100))
+        with pytest.raises(OSError, match='needs 0.00 GB more, 0.00 GB are free: choose another'):
+            prepare.prepare(raw, folders, **knobs)
+        assert not list(out.iterdir())
+    prepare.prepare(raw, folders, **knobs)
+    assert len(list((out / 'cache' / 'tiles').rglob('*.npy'))) == 5
+    monkeypatch.setattr(prepare.shutil, 'disk_usage', lambda path: usage._replace(free=100))
+    assert len(prepare.prepare(raw, folders, **knobs)['train']) == 4
+
+
+def test_a_split_without_a_usable_row_is_said_before_anything_is_written(tmp_path):
+    dataset = own_rows(tmp_path / 'in', 'mine_train.jsonl')
+    own_rows(tmp_path / 'in', 'mine_val.jsonl', 2, question='')
+    said = prepared(tmp_path / 'out', dataset, fails=True)
+    assert 'validation holds no usable row of 2: see the reasons above' in said
+    assert not list((tmp_path / 'out').rglob('*.png'))
+    said = prepared(tmp_path / 'out', dataset, '--answer={lettre}', fails=True)
+    assert "the template '{lettre}' cannot be filled" in said
+
+
+@pytest.mark.parametrize('text', ('[{[]}]', '[' * 10**5 + ']' * 10**5))
+def test_text_that_only_looks_like_a_list(text):
+    assert build_row(dict(question='?', answer='a', steps=text))[0]['steps']
+    assert build_row(dict(question='?', answer='a', choices=text))[1].startswith('without 2 to 8')
+
+
+def test_dropped_rows_are_named_by_their_own_ids(tmp_path):
+    dataset = own_rows(tmp_path / 'in', 'mine.jsonl', 5, id=lambda i: f'row {i}',
+                       question=lambda i: '' if i == 2 else [] if i == 3 else 'What?')
+    said = prepared(tmp_path / 'out', dataset)
+    assert 'train: dropped 1 rows without a question: row 2' in said
+    assert 'train: dropped 1 rows whose question is list, not text: row 3' in said
+
+
 def test_lists_written_as_json_text():
     raw = dict(question='?', answer='a', steps='["the \'a\' \'b\' test", null, "y"]')
-    row, _ = prepare.build_row(raw, 'train')
+    row, _ = build_row(raw, 'train')
     assert row['steps'] == ["the 'a' 'b' test", 'y']
 
 

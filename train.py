@@ -1,6 +1,6 @@
 """
-Trains MultiCoCo through its curriculum: stage 0 writes every step, stage k hides the first k behind
-thoughts.
+Trains MultiCoCo through its curriculum: stage 0 writes every step of the reasoning, stage k hides
+the first k behind thoughts.
 
     python train.py config/toy.py                            the built-in data set, minutes on a CPU
     python train.py config/toy.py --dry_run=True             what that will do, a row of each stage
@@ -41,7 +41,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # DDP does; with a group there its defaults would keep that for ever
+import torch.distributed.nn  # before there is a group, which its default arguments would keep alive
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure
@@ -54,7 +54,7 @@ from sample import ask, describe, peak_memory, pick_device, pick_dtype, summariz
 
 # --- knobs: data ----------------------------------------------------------------------------------
 data_dir = 'data/aokvqa'        # what prepare.py made
-max_tiles = 8                   # an image; another number than prepare.py's cuts tiles anew
+max_tiles = 8                   # an image; if not prepare.py's number, tiles are cut again
 image_size = 448                # side of a tile in pixels, for init_from='scratch'
 cache_tiles = True
 max_length = 2560               # tokens; rows that need more are dropped and counted
@@ -67,14 +67,14 @@ visual_bridge = False           # words that lead from the image to the steps
 # curriculum
 mode = 'coconut'                # also cot, no_cot, pause, no_thoughts: see prepare.py's build_text
 c_thought = 2                   # thoughts a hidden step
-max_latent_stage = 4            # the last stage that hides one more step
+max_latent_stage = 4            # the last stage that hides one more step and adds thoughts
 epochs_stage0 = 8               # epochs with every step written
 epochs_per_stage = 3
 epochs_last_stage = 0           # epochs of an optional last stage that hides all remaining steps
 start_stage = 0                 # begin here, from a checkpoint that has learnt the stages before
 pad_latent_to_max = True        # the same number of thoughts in rows with fewer steps
 uniform_prob = 0.0              # chance that a row is trained at a random earlier stage
-teach_thoughts = 0.0            # weight of a thought's cross entropy with its step's result
+teach_thoughts = 0.0            # weight of a loss: a thought, through the head, says its result
 reset_optimizer = True          # a fresh optimizer, warm-up and cosine in every stage
 # model
 init_from = 'OpenGVLab/InternVL3-1B-Pretrained'  # hub id, folder, .pt, 'scratch' or 'resume'
@@ -311,8 +311,8 @@ if __name__ == '__main__':  # data workers import this file again where processe
                         latent_token_id=tokenizer.convert_tokens_to_ids(LATENT),
                         eos_token_ids=(tokenizer.eos_token_id,), **shape)
         model = MultiCoCo(config)
-        # both markers start where the line end does: a marker ends the question as a line end ends
-        # a step, and embeddings move little, so stage 0 teaches something of them
+        # both markers start as copies of the line end, which stage 0 trains: a marker ends the
+        # question as a line end ends a step
         line_end = tokenizer.encode('\n', add_special_tokens=False)[-1]
         embeddings = model.language_model.model.embed_tokens.weight.data
         for marker in tokenizer.convert_tokens_to_ids([START_LATENT, END_LATENT]):
@@ -405,13 +405,18 @@ if __name__ == '__main__':  # data workers import this file again where processe
                           step=max(step, wandb_run.step))
 
     # --- evaluation -------------------------------------------------------------------------------
+    # an answer has to fit behind the longest prompt
+    most = min(max_length, config.max_position_embeddings - max_new_tokens)
+    if most < max_length:
+        print(f'max_length is {most} here: the model takes {config.max_position_embeddings} '
+              f'tokens, and max_new_tokens={max_new_tokens}')
     row_knobs = dict(tokenizer=tokenizer, data_dir=data_dir, image_size=config.image_size,
-                     max_tiles=max_tiles, cache_tiles=cache_tiles, max_length=max_length,
+                     max_tiles=max_tiles, cache_tiles=cache_tiles, max_length=most,
                      num_image_tokens=config.num_image_tokens, seed=seed, **text_knobs)
     signals = []  # those that asked this process to stop
 
     def leave():
-        by = signals[0] if signals else signal.SIGTERM  # none where another rank was asked
+        by = signals[0] if signals else signal.SIGTERM  # where another rank alone got the signal
         print(f'train.py: stopped by {signal.Signals(by).name} after step {step}, all is saved: go '
               'on with --init_from=resume', file=sys.stderr)
         end(128 + by)
@@ -427,7 +432,7 @@ if __name__ == '__main__':  # data workers import this file again where processe
         asked = Rows(rows, split, stage, supervised=False, **row_knobs)
         for group, found, took in ask(model, tokenizer, asked, groups, answer, autocast, loading,
                                       edit_thought=edit_thought, max_new_tokens=max_new_tokens):
-            if signals:
+            if signals and world == 1:
                 leave()  # last.pt was written before the evaluation began
             answers += zip(group, found)
             seconds += took
@@ -438,6 +443,8 @@ if __name__ == '__main__':  # data workers import this file again where processe
                 with autocast:
                     loss = model(**batch, edit_thought=edit_thought).loss.item()
                 losses.append((group[0], loss * n, n))
+        if any(all_ranks(len(signals))):  # together: a rank that left alone would hang the others
+            leave()
         answers = sorted(sum(all_ranks(answers), []), key=lambda pair: pair[0])
         losses = sorted(sum(all_ranks(losses), []))  # added up in one order, whatever the ranks
         metrics = summarize([found for _, found in answers], sum(all_ranks(seconds)))
@@ -455,7 +462,7 @@ if __name__ == '__main__':  # data workers import this file again where processe
             log('final', split=split, **metrics)
             write(f'answers_{split}.json', dict(data=digest(data_dir, split), answers=answers))
             if any(row.get('choices') for row in rows):
-                # the official format cannot say that nothing was read: A stands for it
+                # the official format cannot say that nothing was read: the first option stands
                 write(f'predictions_{split}.json', {found['question_id']: {
                     'multiple_choice': found['option']} for found in answers})
                 if metrics['unparsed']:
@@ -464,7 +471,8 @@ if __name__ == '__main__':  # data workers import this file again where processe
 
     if eval_only and not dry_run:
         write('run.json', [*starts, provenance])
-        stage = saved.get('stage', 0)  # others' models are asked as in stage 0, for every step
+        # others' models are asked as in stage 0, for every step
+        stage, epoch, step = (saved.get(key, 0) for key in ('stage', 'epoch', 'step'))
         trained = saved.get('knobs', {})
         for key in text_knobs:
             if trained.get(key, knobs[key]) != knobs[key]:
@@ -614,7 +622,7 @@ if __name__ == '__main__':  # data workers import this file again where processe
 
     # --- the loop ---------------------------------------------------------------------------------
     # place > 0: last.pt is from before an evaluation, or from inside an epoch that max_steps ended.
-    # No batch may be left then: the epoch is only evaluated, and without a step left the break ends
+    # Where no batch is left then, the epoch is only evaluated
     while epoch < len(stage_of_epoch) and (step < last_step or place):
         now = stage_of_epoch[epoch]
         if now.stage != stage and reset_optimizer:
@@ -622,7 +630,7 @@ if __name__ == '__main__':  # data workers import this file again where processe
         stage = now.stage
         order = np.random.default_rng((seed, epoch)).permutation(len(now.rows)).tolist()
         groups = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
-        # a rank without rows takes one that counts 0, so that DDP stays in step
+        # a rank without rows takes a row of weight 0, so that DDP stays in step
         own = [group[rank::world] or group[:1] for group in groups]
         training = Rows(now.rows, 'train', stage, uniform_prob=uniform_prob, epoch=epoch,
                         teach=teach_thoughts > 0, **row_knobs)
@@ -664,7 +672,7 @@ if __name__ == '__main__':  # data workers import this file again where processe
                             targets[:, :says.shape[1]].flatten().to(device),
                             ignore_index=-100, reduction='sum')
                         objective = objective + teach_thoughts * has_rows * teaching / taught
-                    (objective * world).backward()  # the wrapper takes the ranks' mean
+                    (objective * world).backward()  # DDP takes the ranks' mean, this is their sum
                 loss = loss + out.loss.detach() * weight
                 correct = correct + model.num_correct * has_rows / total
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)

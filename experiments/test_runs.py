@@ -21,13 +21,14 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, InternVLForConditionalGeneration
 
 import prepare
+import sample
 import train
 from experiments import bench, probe, reference, shortcuts, toy
 from model import Config, SPECIAL_TOKENS
 from model import lay_out, load_checkpoint, load_tokenizer
 from test_model import loaded  # noqa: F401, a fixture
-from test_model import HERE, RAW, make_batch, one_row, parquet, relative, save_text, save_tiny
-from test_model import script, start, tiny_model, without_labels
+from test_model import HERE, RAW, build_row, make_batch, one_row, parquet, relative, save_text
+from test_model import save_tiny, script, start, tiny_model, without_labels
 
 # --------------------------------------------------------------------------------------------------
 # what the thoughts are worth
@@ -478,6 +479,8 @@ def test_eval_only_measures_any_checkpoint(run, tmp_path):
                       '--max_length=512')
         assert 'validation: accuracy' in said
         assert 'test: no labels' in said
+        final = events(tmp_path / str(number), 'final')
+        assert [(e['step'], e['epoch']) for e in final] == [(0, 0) if number else (6, 2)] * 2
         assert len(json.load(open(tmp_path / str(number) / 'predictions_test.json'))) == 17
     assert (tmp_path / '0' /
             'predictions_test.json').read_text() == (top / 'out' /
@@ -704,6 +707,24 @@ def test_two_ranks_are_one_process(mixed, tmp_path):
     assert ((tmp_path / 'one' / 'predictions_validation.json').read_text()
             == (tmp_path / 'ranks' / 'predictions_validation.json').read_text())
     assert not list((tmp_path / 'ranks').glob('*.part'))
+
+
+def test_a_signal_that_one_of_two_ranks_gets_ends_both(mixed, tmp_path):
+    """In the middle of an evaluation, where the ranks ask rows of their own."""
+    out = tmp_path / 'out'
+    process = start('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'train.py',
+                    *mixed, f'--out_dir={out}', '--eval_batch_size=1', '--max_new_tokens=200',
+                    '--log_interval=1')
+    wait_for(process, lambda: (out / 'metrics.jsonl').exists()
+             and '"step": 2,' in (out / 'metrics.jsonl').read_text())
+    time.sleep(0.2)
+    children = open(f'/proc/{process.pid}/task/{process.pid}/children').read().split()
+    os.kill(int(children[-1]), signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode
+    assert error.count('train.py: stopped by SIGTERM after step ') == 2
+    assert 'train.py", line' not in error  # torchrun's traceback alone
+    assert torch.load(out / 'last.pt', weights_only=True)['step'] > 0
 
 
 def test_the_schedule_is_shown_before_it_is_run(run, mixed, tmp_path):
@@ -1175,8 +1196,10 @@ def test_own_rows_from_a_file_to_transformers(tmp_path):
     answer = re.search(r'4 thoughts.*?\n->', before, re.S)[0]
     assert answer in script('sample.py', '--ckpt', export, *asked)
     card = (tmp_path / 'exported' / 'README.md').read_text()
-    saved = torch.load(tmp_path / 'out' / 'best.pt', weights_only=True)
-    assert f'validation rows: {100 * saved["accuracy"]:.1f} %' in card
+    model, _, saved = load_checkpoint(f'{tmp_path}/out/best.pt')
+    assert f'in its latest evaluation: {100 * saved["accuracy"]:.1f} %' in card
+    fresh = dict(saved, epoch=0, step=2, accuracy=0.0)  # last.pt before the first evaluation
+    assert 'Its accuracy was not measured yet.' in sample.model_card('it', model, fresh, 'last.pt')
     assert "mode = 'coconut'" in card
     assert 'holds something already' in script(
         'sample.py', '--ckpt', f'{tmp_path}/out/best.pt', '--export', export, fails=True)
@@ -1200,7 +1223,8 @@ def test_a_text_decoder_trains_is_resumed_and_exported(tmp_path):
              '--epochs_stage0=1', '--batch_size=8', '--learning_rate=3e-3', '--warmup_steps=1',
              '--max_new_tokens=4', '--log_interval=1', '--num_workers=0']
     whole, cut = f'{tmp_path}/whole', f'{tmp_path}/cut'
-    script('train.py', *knobs, f'--init_from={tmp_path}/llama', f'--out_dir={whole}')
+    said = script('train.py', *knobs, f'--init_from={tmp_path}/llama', f'--out_dir={whole}')
+    assert 'max_length is 508 here: the model takes 512 tokens, and max_new_tokens=4' in said
     script('train.py', *knobs, f'--init_from={tmp_path}/llama', f'--out_dir={cut}', '--max_steps=5')
     script('train.py', *knobs, '--init_from=resume', f'--out_dir={cut}')
     losses = []
@@ -1338,15 +1362,18 @@ def test_rows_of_the_chain_carry_their_map():
         place = re.search('from (.*)\\?', row['question'])[1]
         assert probe.continued(dict(row, results=[place, *row['results']]), 1, place) == \
             row['results'][-1]
-        prepared, _ = prepare.build_row(dict(row, image=None), 'train', 'all')
+        prepared, _ = build_row(dict(row, image=None), 'train', 'all')
         assert prepared['edges'] == row['edges']
 
 
 def test_edges_of_published_files_are_numbers():
     raw = dict(question='Is Bob a x or y?', answer='Bob is a x.', steps=['Bob is a x.'],
                edges=[[0, 1]], idx_to_symbol=['Bob', 'x'])
-    assert prepare.build_row(raw, 'train')[0]['edges'] == [['Bob', 'x']]
-    assert 'edges' not in prepare.build_row(dict(raw, edges=[[0, 7]]), 'train')[0]
+    assert build_row(raw, 'train')[0]['edges'] == [['Bob', 'x']]
+    assert 'edges' not in build_row(dict(raw, edges=[[0, 7]]), 'train')[0]
+    assert 'edges' not in build_row(dict(raw, idx_to_symbol={'0': 'Bob'}), 'train')[0]
+    _, reason = build_row(dict(raw, edges=[['Bob', '\ud83d']], idx_to_symbol=None), 'train')
+    assert reason == 'whose text is not valid Unicode'
 
 
 # Tom - a - b - c and Zoe - d: one edge back d's person is in sight
@@ -1400,10 +1427,16 @@ def test_what_a_thought_is_taught(loaded):
     _, _, tokenizer = loaded
     token = tokenizer.convert_tokens_to_ids
     row = dict(steps=['b', 'it is d'], results=['b', 'd'])
-    assert prepare.thought_targets(row, tokenizer, 4, 2) == [token('b'), -100, token('Ġ'), -100]
+    assert prepare.thought_targets(row, tokenizer, 4, 2) == [token('b'), -100, token('d'), -100]
     assert prepare.thought_targets(row, tokenizer, 1, 1) == [token('b')]
     assert prepare.thought_targets(dict(steps=['x.']), tokenizer, 3, 1) == [token('x'), -100, -100]
     assert prepare.thought_targets({}, tokenizer, 2, 1) == [-100, -100]
+    # ' b' is a space and a b here: the first b is another word's
+    row = dict(steps=['abc becomes b'], results=['b'])
+    assert prepare.thought_targets(row, tokenizer, 1, 1) == [token('b')]
+    # a result of nothing, or too few of them: the steps' last words
+    row = dict(steps=['a is c', 'b is d'], results=['x'])
+    assert prepare.thought_targets(row, tokenizer, 2, 1) == [token('c'), token('d')]
     assert prepare.thought_targets(row, tokenizer, 0, 2) == []
 
 

@@ -129,15 +129,22 @@ PEOPLE = 'Alex Tom Jack Sally Davis Bob Max Fae Stella Carol Wren Polly Rex Sam 
 STEPS = 3  # the ways asked about have at least 1, 2, ... STEPS steps, in turn
 STARTS = 'wu ya zu du ro nu tu vu jo sho yu go le lo bri gri ste fo re ti scro bo hi gwo fi'
 KINDS = [f'{start}mpus' for start in STARTS.split()]
+# the published ProsQA's names, sizes, and share of questions of 3, 4, 5 and 6 steps
+PUBLISHED_PEOPLE = [*PEOPLE, 'Gabriel', 'Eva']
+PUBLISHED_STARTS = ('scrom ster quim wum tum yim vum boom fom stor shum rem bom hil ker ror jel '
+                    'yer ter jom zum lem lor gor grim ger rom brim im fel wor chor num zhor gwom '
+                    'dum yum tim')
+PUBLISHED_KINDS = [f'{start}pus' for start in PUBLISHED_STARTS.split()]
+PUBLISHED_STEPS = {3: 0.40, 4: 0.44, 5: 0.14, 6: 0.02}
 
 
-def draw_graph(rng, nodes, steps):
+def draw_graph(rng, nodes, steps, further=0.25, later=1.5, people=PEOPLE, kinds=KINDS):
     """One row in Coconut's format, and under `results` the kind that each step arrives at. One fact
     a line, so that a name is the same token in facts and steps. Nodes 0 and 1 are people; a node
     without a parent is a person too. The next nodes lead `steps` away from each of the two in turn,
-    with Poisson(0.25) further parents; each later node has Poisson(1.5) parents, deep ones more
-    likely. 35 % of these may not descend from 1, 35 % not from 0. The two kinds of the question are
-    equally far from 0 and from 1."""
+    with Poisson(further) further parents; each later node has Poisson(later) parents, deep ones
+    more likely. 35 % of these may not descend from 1, 35 % not from 0. The two kinds of the
+    question are equally far from 0 and from 1."""
     while True:
         parents, depth = [[], []], [0, 0]
         family = [1, 2]  # 1 descends from node 0, 2 from node 1, 3 from both, 0 from neither
@@ -148,7 +155,7 @@ def draw_graph(rng, nodes, steps):
                 n for n in range(node) if not family[n] & shut and not (on_way and n == node - 2)
             ]
             weight = np.array([1 + 1.5 * depth[n] for n in open_to])
-            count = min(len(open_to), rng.poisson(0.25 if on_way else 1.5))
+            count = min(len(open_to), rng.poisson(further if on_way else later))
             chosen = (rng.choice(open_to, count, replace=False, p=weight /
                                  weight.sum()).tolist() if count else [])
             parents.append([node - 2, *chosen] if on_way else chosen)
@@ -160,11 +167,11 @@ def draw_graph(rng, nodes, steps):
                 if family[n] == 1 + start}
                for start in (0, 1)]  # one node of each distance
         both = far[0].keys() & far[1].keys()
-        if both and max(both) > steps and parents.count([]) <= len(PEOPLE):
+        if both and max(both) > steps and parents.count([]) <= len(people):
             # else the two ways are too short, or there are too many people: draw another graph
             break
     right, wrong = (far[start][max(both)] for start in (0, 1))
-    people, kinds = rng.permutation(PEOPLE).tolist(), rng.permutation(KINDS[:nodes]).tolist()
+    people, kinds = rng.permutation(people).tolist(), rng.permutation(kinds[:nodes]).tolist()
     name = [kinds.pop() if above else people.pop() for above in parents]
     says = lambda a, b: f'{"Every " if parents[a] else ""}{name[a]} is a {name[b]}.'
     facts = [says(a, b) for b in range(nodes) for a in parents[b]]
@@ -199,4 +206,18 @@ def draw_graphs(rows, seed, nodes):
     def draw_row(rng, i):
         steps = 1 + i % STEPS
         return draw_graph(rng, int(rng.integers(2 + 2 * steps, nodes + 1)), steps)
+    return draw_rows(rows, seed, draw_row)
+
+
+def draw_published(rows, seed):
+    """As `draw_graphs`, of the published ProsQA's size and form: 23 nodes and 36 edges in the mean,
+    3 to 6 steps, its names, a question's facts in one line. What it does not have is that file's
+    shortcut: the two kinds asked about are equally far from their two people."""
+    def draw_row(rng, i):
+        steps = int(rng.choice(list(PUBLISHED_STEPS), p=list(PUBLISHED_STEPS.values())))
+        nodes = int(np.clip(round(rng.normal(24, 2)), 2 + 2 * steps, 28))
+        kinds = rng.permutation(PUBLISHED_KINDS)
+        row = draw_graph(rng, nodes, steps, 0.5, 1.85, PUBLISHED_PEOPLE, kinds)
+        row['question'] = row['question'].replace('\n', ' ').replace(' or a ', ' or ')
+        return row
     return draw_rows(rows, seed, draw_row)
