@@ -130,20 +130,19 @@ def build_text(row, stage, mode='coconut', c_thought=2, max_latent_stage=4, pad_
     steps = list(row.get('steps') or ())
     if mode == 'cot':
         stage = 0
-    hidden = min(stage, max_latent_stage)  # steps that thoughts stand for
+    thought_steps = min(stage, max_latent_stage)  # steps that thoughts stand for
     if steps and not pad_latent_to_max:
-        hidden = min(hidden, len(steps))
+        thought_steps = min(thought_steps, len(steps))
     hide_all = mode == 'no_cot' or stage > max_latent_stage
     lines = [] if hide_all else steps[stage:]
-    thoughts = 0 if mode in ('cot', 'no_cot', 'no_thoughts') else hidden * c_thought
+    thoughts = 0 if mode in ('cot', 'no_cot', 'no_thoughts') else thought_steps * c_thought
     bridge = ''
     if visual_bridge and row.get('image'):
+        seeing = 'From what I can see, ' if stage else 'Looking at the image, '
         if stage:
             bridge = 'Analyzing the visual information:\n'
-        if lines and not stage:
-            lines[0] = 'Looking at the image, ' + lines[0]
-        elif lines and not SEEING.search(lines[0]):
-            lines[0] = 'From what I can see, ' + lines[0]
+        if lines and not (stage and SEEING.search(lines[0])):
+            lines[0] = seeing + lines[0]
     text = fill(prompt, row)
     if template == 'chatml':
         text = (f'<|im_start|>system\n{SYSTEM}<|im_end|>\n'
@@ -231,11 +230,11 @@ def encode(row, tokenizer, stage, tiles=None, supervised=True, max_length=2560,
     if len(ids) > max_length:
         raise ValueError(f'row {name} needs {len(ids)} tokens ({visual} visual, {thoughts} '
                          f'thoughts), max_length is {max_length}')
-    found = dict(input_ids=ids, labels=labels, pixel_values=tiles)
+    inputs = dict(input_ids=ids, labels=labels, pixel_values=tiles)
     if teach:
-        found['thought_labels'] = thought_targets(row, tokenizer, thoughts,
-                                                  text.get('c_thought', 2))
-    return found
+        inputs['thought_labels'] = thought_targets(row, tokenizer, thoughts,
+                                                   text.get('c_thought', 2))
+    return inputs
 
 
 def collate(rows):
@@ -248,8 +247,9 @@ def collate(rows):
         return torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=filler)
 
     tiles = [row['pixel_values'] for row in rows]
-    held = [t for t in tiles if t is not None]
-    batch = dict(input_ids=pad('input_ids', 0), pixel_values=torch.cat(held) if held else None,
+    of_images = [t for t in tiles if t is not None]
+    batch = dict(input_ids=pad('input_ids', 0),
+                 pixel_values=torch.cat(of_images) if of_images else None,
                  attention_mask=(torch.arange(T) < lengths[:, None]).long(),
                  num_tiles=torch.tensor([0 if t is None else len(t) for t in tiles]))
     if rows[0]['labels'] is not None:
@@ -316,38 +316,42 @@ LINK = (r'(?:[\s:=–—"\'(\[{<]+|-(?!\d)|\b(?:is|are|would|should|must|be|opti
         r'|clearly|probably|likely|most|therefore|thus|the|ist|die|est|la|le|es|è|é'
         r'|correct[ae]?|right|best|final)\b|是|为|為|は|은|는|应该|选项)*')
 # behind an option: ') is the correct answer'
-RIGHT = re.compile(r'[)\]"\'>]*\s+(?:is|was|would be|must be|seems)\s+'
-                   r'(?:(?:the|most|probably|clearly)\s+)*'
-                   r'(?:correct|right|best|answer|likely)\b', re.I)
+RIGHT_AFTER = re.compile(r'[)\]"\'>]*\s+(?:is|was|would be|must be|seems)\s+'
+                         r'(?:(?:the|most|probably|clearly)\s+)*'
+                         r'(?:correct|right|best|answer|likely)\b', re.I)
 # behind an option: ' is not', ' isn't'
-WRONG = re.compile(r'\W*(?:is|was|are|seems)(?:\s+(?:\w+\s+)?(?:not|wrong|incorrect|false)\b|n\'t)',
-                   re.I)
+WRONG_AFTER = re.compile(r'\W*(?:is|was|are|seems)'
+                         r'(?:\s+(?:\w+\s+)?(?:not|wrong|incorrect|false)\b|n\'t)', re.I)
 # a text that ends in a negation, up to 24 characters back
-NEGATED = re.compile(r'(?:\b(?:not|no|never|neither|nor|none|without|nicht|kein\w*|pas)\b|n\'t\b'
-                     r'|不是?|没|沒|非)(?:(?!\bbut\b|是)[^.,;:!?\n。，]){0,24}$', re.I)
+NEGATED_BEFORE = re.compile(r'(?:\b(?:not|no|never|neither|nor|none|without|nicht|kein\w*|pas)'
+                            r'\b|n\'t\b|不是?|没|沒|非)'
+                            r'(?:(?!\bbut\b|是)[^.,;:!?\n。，]){0,24}$', re.I)
 # between two options: ' or ', ', '
 JOINED = re.compile(r'[\s)\]"\'>(]*(?:[,;/&|、或和]|\b(?:or|and|also|possibly|perhaps|as well as'
                     r'|und|oder|et|ou)\b)[\s,(]*(?:(?:or|and|also|maybe|possibly|perhaps'
                     r'|as well as|the|an)\s+)*[("\'\[]*|\s+(?=[A-H][.):])', re.I)
 ARTICLE = re.compile(r'(?:an?|the)\s+', re.I)
 UNSPACED = re.compile('[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]')  # Thai, kana, Han: no word ends
+# a letter that is no part of a word or name: 'C', 'C은', not 'Cat', 'C++', 'C-3'
 LETTER = re.compile(r"([A-Ha-h])(?:(?=[\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af])"
                     r"|(?![\w+#]|[&'.-]\w))")
 # a letter that labels a line: 'C.', 'C because'
 LETTERED = re.compile(r'[A-H](?:[).:,\]|"\'>]|\s*$|\s+-\s|\s+(?:because|since|as)\b)'
                       r'|[a-h](?:[).:](?=\s|$)|\s*$)', re.M)
+# what may stand before it: '- ', '"(', '3. ' of a numbered list
 BULLET = re.compile(r'[\s"\'(\[{<>#„•]*(?:\d+[.)]\s+(?=[A-H]\b))?(?:-(?!\d)\s*)?')
 # before an answer that is denied or only supposed in the same clause: 'doubt that', 'if it were'
-SUPPOSED = re.compile(r'(?:\b(?:not|no way|impossible|doubt|wrong|incorrect|might|never'
-                      r'|ruled? out|eliminated?|excluded?)\b|n\'t\b|不)'
-                      r'(?:(?!\b(?:so|therefore|thus|hence|but)\b)[^.!?,;\n])*$'
-                      r'|\bwere\b[^.!?\n]*$', re.I)
+SUPPOSED_BEFORE = re.compile(r'(?:\b(?:not|no way|impossible|doubt|wrong|incorrect|might|never'
+                             r'|ruled? out|eliminated?|excluded?)\b|n\'t\b|不)'
+                             r'(?:(?!\b(?:so|therefore|thus|hence|but)\b)[^.!?,;\n])*$'
+                             r'|\bwere\b[^.!?\n]*$', re.I)
 # takes back what was said before it
 CORRECTED = re.compile(r'(?:^|[.!?,;\n])\s*(?:no,\s+)?(?:wait|actually|on second thought'
                        r'|correction|hmm|sorry|i was wrong|let me re\w*)\b', re.I)
 # behind an option: ': false'
-DENIED = re.compile(r'[\s:.,()\]-]*(?:no|false|wrong|incorrect)\b', re.I)
-FUNCTION_WORDS = {'yes', 'no', 'none', 'both', 'all', 'neither', 'either', 'not', 'true', 'false'}
+DENIED_AFTER = re.compile(r'[\s:.,()\]-]*(?:no|false|wrong|incorrect)\b', re.I)
+# options that sentences hold without meaning them
+COMMON_WORDS = {'yes', 'no', 'none', 'both', 'all', 'neither', 'either', 'not', 'true', 'false'}
 
 
 def compatible(text):
@@ -355,7 +359,7 @@ def compatible(text):
     return unicodedata.normalize('NFKC', re.sub('([⁰¹²³⁴⁵⁶⁷⁸⁹]+)', r'^\1', text))
 
 
-def plain(text):
+def cleaned(text):
     """Text as answers are compared: one form of each character, no markup, quotes straight."""
     text = compatible(re.sub('[‘’´]', "'", text))
     text = re.sub('[“”]', '"', text)
@@ -370,7 +374,7 @@ def plain(text):
 
 
 def name_pattern(name):
-    """A regular expression that finds an option's text, as `plain` gives it, in a longer text."""
+    """A regular expression that finds an option's text, as `cleaned` gives it, in a longer text."""
     words = re.split(r'\s+|(?<=\w)-(?=\w)', name)  # t-shirt, t shirt
     pattern = r'(?:\s+|-)'.join(re.escape(word) for word in words)
     first, last = name[0], name[-1]
@@ -380,7 +384,7 @@ def name_pattern(name):
         pattern = r'(?<!\w)' + pattern
     if last.isdigit():
         pattern += r'(?![.,]?\w)(?!\s*[+*/^=×÷:%-])'  # not a part of a sum, a time, a share
-    elif name.lower() in FUNCTION_WORDS:
+    elif name.lower() in COMMON_WORDS:
         alone = r'(?!\s*(?![A-H]\b)[\w+#])'  # 'no', 'no B', but not 'no doubt'
         pattern = f'{pattern}(?:{alone}|(?=\\s*\\n))'
     elif last.isalpha() and not UNSPACED.match(last):
@@ -389,18 +393,18 @@ def name_pattern(name):
 
 
 class AnswerReader:
-    """An answer's text, as `plain` gives it, and where it says options by letter or by name."""
+    """An answer's text, as `cleaned` gives it, and where it says options by letter or by name."""
 
     def __init__(self, text, choices):
         self.text = text
-        stripped = [plain(choice).strip() for choice in choices]
+        stripped = [cleaned(choice).strip() for choice in choices]
         self.names = [name.rstrip('.,;:!?"\' ') or name for name in stripped]
         self.patterns = [name_pattern(name) if name else None for name in self.names]
 
     def differ(self, i, j):
         return self.names[i] != self.names[j]
 
-    def letter_at(self, place, capital=False):
+    def letter_at(self, place, only_capital=False):
         """(option, end) of a letter that stands alone here; None where there is none."""
         match = LETTER.match(self.text, place)
         if not match or match[1].upper() not in LETTERS[:len(self.names)]:
@@ -409,7 +413,8 @@ class AnswerReader:
         verb = r'\s+(?:because|since|as|is|was|for|which|and|or|but)\b'
         if match[1] in 'aA' and re.match(r'\s+\w', rest) and not re.match(verb, rest):
             return None  # the article
-        if match[1].islower() and (capital or not re.match(r'\s*(?:$|[).:,;!?\]"\'>}])', rest)):
+        closed = re.match(r'\s*(?:$|[).:,;!?\]"\'>}])', rest)
+        if match[1].islower() and (only_capital or not closed):
             return None
         return LETTERS.index(match[1].upper()), match.end()
 
@@ -421,14 +426,12 @@ class AnswerReader:
             if not match:
                 continue
             spaces = re.compile(r'\s+(?=\w)').match(self.text, match.end())
-            if match[0] in 'aA' and spaces and not self.letter_at(spaces.end(), capital=True):
+            if match[0] in 'aA' and spaces and not self.letter_at(spaces.end(), only_capital=True):
                 continue  # the article
             exact = self.text.startswith(self.names[i], place)
-            found.append((len(self.names[i]), exact, -i, match.end()))
-        if not found:
-            return None
-        _, _, i, end = max(found)
-        return -i, end
+            found.append((-len(self.names[i]), not exact, i, match.end()))
+        # the longest, of these one in the same case, of these the first
+        return min(found)[2:] if found else None
 
     def said_at(self, place):
         """(option, end, whether by letter) of what is said here: 'C', '(C) dog', 'a dog', 'dog C';
@@ -439,41 +442,41 @@ class AnswerReader:
             name = self.name_at(article.end())
         if letter and name and len(self.names[name[0]]) == 1 and self.text[place].isupper():
             name = None  # of an option whose text is one letter, a capital means the letter
-        said = name or letter
-        if not said or WRONG.match(self.text, said[1]):
+        said, by_letter = name or letter, not name
+        if not said or WRONG_AFTER.match(self.text, said[1]):
             return None
         if re.compile(r'[\s)\]"\']*\?').match(self.text, said[1]) and self.text.strip()[-1:] != '?':
             return None  # 'C? No' asks; a text that itself ends so says it, only unsurely
         option, end = said
-        # the other form may follow, 'C) dog' or 'dog (C)'; a name of one letter is not one
+        # the other form may follow, 'C) dog' or 'dog (C)', but not as a name of one letter
         rest = re.compile(r'[\s().:\[\]{}"\'<>|,–-]*').match(self.text, end).end()
-        second = self.letter_at(rest, capital=True) if name else self.name_at(rest)
-        if not second and DENIED.match(self.text, end):
+        second = self.letter_at(rest, only_capital=True) if name else self.name_at(rest)
+        if not second and DENIED_AFTER.match(self.text, end):
             return None
         if second and (name or len(self.names[second[0]]) > 1):  # letter and name say it twice
             option = -1 if self.differ(option, second[0]) else option
             end = second[1]
-            if WRONG.match(self.text, end):
+            if WRONG_AFTER.match(self.text, end):
                 return None
         if joined := JOINED.match(self.text, end):
-            other = self.letter_at(joined.end(), capital=True) or self.name_at(joined.end())
-            denied = other and WRONG.match(self.text, other[1])
+            other = self.letter_at(joined.end(), only_capital=True) or self.name_at(joined.end())
+            denied = other and WRONG_AFTER.match(self.text, other[1])
             if other and not denied and self.differ(option, other[0]):
                 option, end = -1, other[1]
-        return option, end, said is letter
+        return option, end, by_letter
 
     def said_after(self, words):
         """What is said behind each place where these words stand: (place, option)."""
         for match in re.finditer(words + LINK, self.text, re.I):
             said = self.said_at(match.end())
-            if said and not SUPPOSED.search(self.text[:match.start()]):
+            if said and not SUPPOSED_BEFORE.search(self.text[:match.start()]):
                 yield match.start(), said[0]
 
     def said_right(self):
         """What is said to be right, as in 'C is correct': (place, option)."""
-        for match in RIGHT.finditer(self.text):
+        for match in RIGHT_AFTER.finditer(self.text):
             before = self.text[:match.start()]
-            if SUPPOSED.search(before) or self.text[match.end():].lstrip()[:1] == '?':
+            if SUPPOSED_BEFORE.search(before) or self.text[match.end():].lstrip()[:1] == '?':
                 continue
             line = self.text.rfind('\n', 0, match.start()) + 1
             for word in re.finditer(r'(?<!\w)\w', self.text[line:match.start()]):
@@ -509,8 +512,8 @@ class AnswerReader:
         for start, end, i in spans:
             before = self.text[:start]
             inside = any(a <= start and end <= b and b - a > end - start for a, b, _ in spans)
-            loose = self.names[i].lower() in FUNCTION_WORDS and before.strip()
-            denied = NEGATED.search(before) or WRONG.match(self.text, end)
+            loose = self.names[i].lower() in COMMON_WORDS and before.strip()
+            denied = NEGATED_BEFORE.search(before) or WRONG_AFTER.match(self.text, end)
             if not (inside or loose or denied):
                 found.add(i)
         return min(found) if len({self.names[i] for i in found}) == 1 else None
@@ -572,7 +575,7 @@ def extract_choice(text, choices, template='', ended=True):
             return fitting[0], True
     if not ended:
         text = re.sub(r'\S+\s*$', '', text)
-    option = AnswerReader(plain(text), options).read(ended)
+    option = AnswerReader(cleaned(text), options).read(ended)
     return (0, False) if option in (None, -1) else (option, True)
 
 
@@ -651,7 +654,7 @@ def replacing(path):
             os.remove(part)
 
 
-# part of the cache's hash: raise it when tile_image or load_image give other pixels
+# part of the cache's hash: count it up when tile_image or load_image give other pixels
 TILING_VERSION = 2
 PngImagePlugin.MAX_TEXT_CHUNK = 2 ** 26  # image generators write more text than Pillow allows
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
@@ -808,10 +811,10 @@ class Rows(torch.utils.data.Dataset):
         return len(self.rows)
 
     def stage_of(self, i):
-        draw = random.Random(f'{self.seed} {self.epoch} {self.rows[i].get("question_id", i)}')
+        rng = random.Random(f'{self.seed} {self.epoch} {self.rows[i].get("question_id", i)}')
         # stage 0 has no earlier one
-        mixed = self.stage > 0 and draw.random() < self.uniform_prob
-        return draw.randrange(self.stage) if mixed else self.stage
+        mixed = self.stage > 0 and rng.random() < self.uniform_prob
+        return rng.randrange(self.stage) if mixed else self.stage
 
     def __getitem__(self, i):
         tiles = load_tiles(self.rows[i], **self.tile_knobs)
@@ -980,9 +983,10 @@ def without_letters(choices):
 def find_choice(value, choices):
     """The option that an answer means: its text, its letter, or both, as in 'B. dog'."""
     text = as_text(value, 'answer')
-    for letter, choice in zip(LETTERS, choices):
-        if re.fullmatch(rf'\(?{letter}[.):]\s*{re.escape(choice.strip())}', text):
+    for label, choice in zip(LETTERS, choices):
+        if re.fullmatch(rf'\(?{label}[.):]\s*{re.escape(choice.strip())}', text):
             text = choice.strip()
+    # the exact text wins; else letter and text in any case have to mean the same option
     exact = {choice.strip() for choice in choices if choice.strip() == text}
     letter = re.fullmatch(r'\(?([A-Ha-h])[.)]?', text)
     meant = exact or {c.strip() for c in choices if c.strip().casefold() == text.casefold()}
@@ -1000,7 +1004,7 @@ def right_choice(raw, choices):
     index, known = raw.get('correct_choice_idx'), None
     if isinstance(index, str) and index.strip().upper() in tuple(LETTERS):
         index = LETTERS.index(index.strip().upper())
-    if not is_missing(index) and index != -1:  # as some test sets say that it is not known
+    if not is_missing(index) and index != -1:  # which some test sets have for 'not known'
         try:
             known = int(float(index)) if float(index).is_integer() else None
         except (TypeError, ValueError, OverflowError):
@@ -1141,7 +1145,7 @@ def words_of(path):
     return re.findall(r'[^\W\d_]+|\d+', re.sub(r'\d+-of-\d+', '', name))
 
 
-def cut_name(path):
+def split_word(path):
     """A file name's last word that says a split, and its words with a gap in that place: of
     own_val_train.jsonl ('train', ['own', 'val', ''])."""
     words = words_of(path)
@@ -1151,7 +1155,7 @@ def cut_name(path):
     return words[places[-1]], words[:places[-1]] + [''] + words[places[-1] + 1:]
 
 
-def split_of(name):
+def only_split_word(name):
     """The word for the only split that a file's or folder's name says; '' for none or several."""
     found = {SPLIT_WORDS[word]: word for word in words_of(name) if word in SPLIT_WORDS}
     return list(found.values())[0] if len(found) == 1 else ''
@@ -1169,15 +1173,15 @@ def find_files(dataset):
         beside = sorted(glob.glob(pattern, recursive=True))
         for path in beside:
             parent = os.path.relpath(os.path.dirname(path), dataset)
-            word = split_of(path) or split_of(parent)
+            word = only_split_word(path) or only_split_word(parent)
             if word:
                 used.append((word, path))
     else:
         pattern = os.path.join(glob.escape(os.path.dirname(dataset)), '*')
         beside = sorted(path for ending in ENDINGS for path in glob.glob(pattern + ending))
-        own, stem = cut_name(dataset)
-        used = [(cut_name(path)[0], path) for path in beside
-                if own and cut_name(path)[0] and cut_name(path)[1] == stem
+        own, stem = split_word(dataset)
+        used = [(split_word(path)[0], path) for path in beside
+                if own and split_word(path)[0] and split_word(path)[1] == stem
                 and path.endswith(os.path.splitext(dataset)[1])]
         used = used or [('train', dataset)]
     files = {}
@@ -1206,14 +1210,14 @@ def read_json_rows(path):
         rows = json.loads(text)
         rows = [rows] if isinstance(rows, dict) and 'question' in rows else rows
     except (ValueError, RecursionError) as whole_file:  # also a number of thousands of digits
-        rows, first = [], whole_file
+        rows = []
         for number, line in enumerate(text.split('\n'), 1):
             try:
                 if line.strip():
                     rows.append(json.loads(line))
             except (ValueError, RecursionError) as error:
                 # without one good line it was meant as one JSON text
-                reason = f'line {number}: {error}' if rows else str(first)
+                reason = f'line {number}: {error}' if rows else str(whole_file)
                 raise ValueError(f'{path} is neither a JSON list nor a JSON row a line ({reason})'
                                  ) from None
     is_list = isinstance(rows, list)
@@ -1300,7 +1304,7 @@ def read_arrow(dataset, files, data_dir):
     return loaded
 
 
-def name_unused(raw, dataset):
+def keep_known_columns(raw, dataset):
     """Says once which columns are not read. Raises ValueError where the rows have no question."""
     columns = {}
     for rows in raw.values():
@@ -1327,31 +1331,30 @@ class Split:
         self.raw, self.split, self.folders = raw, split, folders
         self.rows = []                    # (place in raw, prepared row)
         self.dropped = defaultdict(list)  # reason -> rows
-        for i, fields in enumerate(tqdm(raw, desc=f'{split}: reading', disable=None)):
+        for i, raw_row in enumerate(tqdm(raw, desc=f'{split}: reading', disable=None)):
             row = dict(question_id=str(i))
             try:
-                row['question_id'] = name_of(fields) or str(i)
-                row.update(read_row(fields, split, steps_from, max_latent_stage))
-                data = read_picture(fields, folders)
+                row['question_id'] = name_of(raw_row) or str(i)
+                row.update(read_row(raw_row, split, steps_from, max_latent_stage))
+                data = read_picture(raw_row, folders)
                 if data is not None:
                     kind, size = image_header(data)
                     row.update(ending=kind, image_size=size, bytes=len(data),
                                image_hash=hashlib.sha256(data).hexdigest()[:16])
             except Dropped as error:
-                self.drop(str(error), row, fields)
+                self.drop(str(error), row, raw_row)
             except ValueError as error:
-                self.drop('with an unreadable image', row, fields, f' ({error})')
+                self.drop('with an unreadable image', row, raw_row, f' ({error})')
             else:
                 self.rows.append((i, row))
 
-    def drop(self, reason, row, fields=None, more=''):
-        path = (fields or {}).get('image') or (fields or {}).get('image_path')
+    def drop(self, reason, row, raw_row=None, more=''):
+        path = (raw_row or {}).get('image') or (raw_row or {}).get('image_path')
         path = path.get('path') if isinstance(path, dict) else path
         where = f' ({path[:60]})' if reason == NOT_THERE and isinstance(path, str) else ''
         self.dropped[reason].append(row['question_id'][:40] + where + more)
 
-    def keep(self, condition, reason):
-        """Drops the rows for which a condition does not hold."""
+    def drop_unless(self, condition, reason):
         for _, row in self.rows:
             if not condition(row):
                 self.drop(reason, row)
@@ -1360,11 +1363,11 @@ class Split:
     def check(self, any_image, any_steps):
         """What can be told only when all rows are known."""
         if any_image:
-            self.keep(lambda row: 'ending' in row, 'without the image that other rows have')
+            self.drop_unless(lambda row: 'ending' in row, 'without the image that other rows have')
         bare = sum(not row['steps'] for _, row in self.rows if 'steps' in row)
         if any_steps and self.split == 'train':
-            self.keep(lambda row: row['steps'], 'without steps (nor a rationale), so that thoughts '
-                                                'have nothing to stand for')
+            self.drop_unless(lambda row: row['steps'], 'without steps (nor a rationale), so that '
+                             'thoughts have nothing to stand for')
         elif bare:
             print(f'{self.split}: {bare} of {len(self.rows)} rows have no steps: they get the full '
                   'number of thoughts of each stage')
@@ -1407,7 +1410,7 @@ class Split:
             if 'image' in row:
                 path = os.path.join(folder, row['image'])
                 try:
-                    data = read_picture(self.raw[i], self.folders)
+                    data = read_picture(self.raw[i], self.folders)  # again: memory may not hold all
                     if not holds(path, data):
                         with replacing(path) as part, open(part, 'wb') as f:
                             f.write(data)
@@ -1460,8 +1463,9 @@ def prepare(raw, folders, data_dir, steps_from, max_latent_stage, image_size, ma
     if need:
         print(f'images and tiles take up to {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free')
     if need > free:
-        raise OSError(f'{data_dir} needs {need / 1e9:.2f} GB more, {free / 1e9:.2f} GB are free: choose '
-                      'another --data_dir, or --cache_tiles=False, which tiles while training')
+        raise OSError(f'{data_dir} needs {need / 1e9:.2f} GB more, {free / 1e9:.2f} GB are free: '
+                      'choose another --data_dir, or --cache_tiles=False, which tiles while '
+                      'training')
     for split in splits:
         split.write_images(data_dir, image_size, max_tiles, cache_tiles)
         split.report()
@@ -1529,7 +1533,7 @@ if __name__ == '__main__':
             raise ValueError(f'data_dir={data_dir} is the folder of the data set itself, whose '
                              'files would be overwritten: choose another')
         raw, folders = read_raw(dataset, data_dir)
-        name_unused(raw, dataset)
+        keep_known_columns(raw, dataset)
     prepared = prepare(raw, folders, data_dir, steps_from, max_latent_stage, image_size, max_tiles,
                        cache_tiles)
     if init_from == 'scratch':

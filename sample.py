@@ -43,8 +43,8 @@ seed = 1337
 # how a checkpoint that was not trained here is asked: in InternVL's own words and chat turns
 UNTRAINED = dict(mode='coconut', c_thought=1, max_latent_stage=0, pad_latent_to_max=True,
                  max_tiles=12, answer='{letter}', template='chatml', visual_bridge=False)
-ASKED = '<image>\n{question}'
-DIRECTLY = "\n{choices}\nAnswer with the option's letter from the given choices directly."
+INTERNVL_PROMPT = '<image>\n{question}'
+INTERNVL_CHOICES = "\n{choices}\nAnswer with the option's letter from the given choices directly."
 
 
 # --- device ---------------------------------------------------------------------------------------
@@ -68,8 +68,8 @@ def pick_device(device):
 
 
 def pick_dtype(dtype, device, on_cpu=False):
-    """'auto' is bfloat16 on a GPU that computes in it, and, where on_cpu asks for it, on a CPU that
-    multiplies it; float32 elsewhere."""
+    """'auto' is bfloat16 on a GPU that computes in it, and, if on_cpu is True, on a CPU that
+    multiplies it natively; float32 elsewhere."""
     if dtype == 'float16':
         raise ValueError('dtype=float16: its range is too small for the gradients without a loss '
                          'scaler, and for some of the activations; use float32, or bfloat16 on a '
@@ -81,6 +81,7 @@ def pick_dtype(dtype, device, on_cpu=False):
         if device == 'cuda':
             native = torch.cuda.get_device_capability()[0] >= 8  # not V100 or T4
         elif device == 'cpu' and on_cpu:
+            # torch has no public name for it
             check = getattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', None)
             native = bool(check and check())
         return 'bfloat16' if native else 'float32'
@@ -102,15 +103,22 @@ def peak_memory(device):
 
 # --- asking, and scores ---------------------------------------------------------------------------
 def respond(model, tokenizer, batch, rows, answer, **generation):
-    """Free-running answers to a batch: for each row a dict of text, tokens, thoughts, ended
-    (whether it came to its end token) and option, that is the text, or the option that it says as
-    the row spells it; parsed, whether it said one. With choices also choice, its number, 0 where
-    none was said; with a known answer also right, and without choices exact, whether it is the
-    answer letter by letter."""
+    """Free-running answers to a batch, a dict a row:
+
+        question_id, text, tokens, thoughts
+        ended        whether it came to its end token
+        option       the text; with choices the option that it says, as the row spells it
+        parsed       whether it says one; True without choices
+        choice       with choices: the option's number, 0 where it says none
+        right        with a known answer
+        default_a    with both: whether it is right if an answer that says none counts as the first
+        exact        without choices: whether it is the answer letter by letter
+    """
     new = model.generate(**batch, **generation)
     config = model.config
     is_end = torch.isin(new, torch.tensor(config.eos_token_ids, device=new.device))
-    tokens = (is_end.cumsum(1) - is_end.long() == 0).sum(1).tolist()  # up to and with the first end
+    before_end = is_end.cumsum(1) - is_end.long() == 0  # no end token before this one
+    tokens = before_end.sum(1).tolist()
     ended = is_end.any(1).tolist()
     thoughts = (batch['input_ids'] == config.latent_token_id).sum(1).tolist()
     answers = []
@@ -123,7 +131,8 @@ def respond(model, tokenizer, batch, rows, answer, **generation):
             found['option'] = options[found['choice']]
         if 'answer' in row and options:  # of two options that are spelt the same either is right
             same = found['option'].strip() == options[row['correct_choice_idx']].strip()
-            found['right'], found['default_a'] = same and found['parsed'], same
+            found['right'] = same and found['parsed']
+            found['default_a'] = same
         elif 'answer' in row:
             found['right'], found['exact'] = free_answer_is(text, row, answer)
         answers.append(found)
@@ -276,7 +285,7 @@ if __name__ == '__main__':
     if options and (not 2 <= len(options) <= len(LETTERS) or not all(options)):
         raise ValueError(f'--choices={choices!r} gives {len(options)} options: expected 2 to '
                          f'{len(LETTERS)}, none of them empty, as in "cat|dog|bird"')
-    text_knobs = {'prompt': ASKED + DIRECTLY if options else ASKED}
+    text_knobs = {'prompt': INTERNVL_PROMPT + INTERNVL_CHOICES if options else INTERNVL_PROMPT}
     for key in ('mode', 'c_thought', 'max_latent_stage', 'pad_latent_to_max', 'prompt', 'answer',
                 'template', 'visual_bridge'):
         if key in knobs:
@@ -298,7 +307,7 @@ if __name__ == '__main__':
     # --- answers ----------------------------------------------------------------------------------
     thoughts = []
 
-    def keep(k, thought):
+    def record_thought(k, thought):
         thought = model.as_pause(k, thought) if text_knobs['mode'] == 'pause' else thought
         thoughts.append(thought)
         return thought
@@ -307,7 +316,7 @@ if __name__ == '__main__':
     hooked = show_thoughts > 0 or text_knobs['mode'] == 'pause'
     answers = respond(model, tokenizer, collate(rows), [dict(choices=options)] * len(files),
                       knobs['answer'], max_new_tokens=max_new_tokens, temperature=temperature,
-                      top_p=top_p, edit_thought=keep if hooked else None)
+                      top_p=top_p, edit_thought=record_thought if hooked else None)
     seconds = time.time() - began
     all_ids = torch.arange(config.vocab_size, device=device)
     embedding_norm = model.embed_text(all_ids).norm(dim=-1).mean()

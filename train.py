@@ -124,10 +124,10 @@ wandb_project = 'multicoco'
 wandb_run_name = ''             # '' for the last part of out_dir
 # --------------------------------------------------------------------------------------------------
 # a resumed run may change these; any other knob would make it another run
-FREE = ('data_dir', 'out_dir', 'init_from', 'device', 'threads', 'num_workers', 'micro_batch_size',
-        'activation_checkpointing', 'cache_tiles', 'max_steps', 'save_every', 'keep_epochs',
-        'overwrite', 'dry_run', 'eval_only', 'eval_batch_size', 'log_interval', 'wandb',
-        'wandb_project', 'wandb_run_name')
+CHANGEABLE = ('data_dir', 'out_dir', 'init_from', 'device', 'threads', 'num_workers',
+              'micro_batch_size', 'activation_checkpointing', 'cache_tiles', 'max_steps',
+              'save_every', 'keep_epochs', 'overwrite', 'dry_run', 'eval_only', 'eval_batch_size',
+              'log_interval', 'wandb', 'wandb_project', 'wandb_run_name')
 
 
 class Stage(NamedTuple):
@@ -140,8 +140,8 @@ class Stage(NamedTuple):
     peak: float           # learning rate
 
 
-def preview(now, row_knobs, text_knobs, rates, uniform_prob):
-    """Prints a Stage as it will be trained and asked; rates: the learning rate of each step."""
+def preview(s, row_knobs, text_knobs, rates, uniform_prob):
+    """Prints a Stage s as it will be trained and asked; rates: the learning rate of each step."""
     tokenizer = row_knobs['tokenizer']
 
     def text(ids):
@@ -154,24 +154,24 @@ def preview(now, row_knobs, text_knobs, rates, uniform_prob):
         return f'{low}' if low == high else f'{low} to {high}'
 
     # (prompt, number of thoughts, target) of each row
-    texts = [build_text(row, now.stage, **text_knobs) for row in now.rows]
+    texts = [build_text(row, s.stage, **text_knobs) for row in s.rows]
     answer_line_ends = text_knobs['answer'].count('\n')
     thoughts = span([count for _, count, _ in texts])
     # each step ends in a line end, the answer comes last
     written = span([target.count('\n') - answer_line_ends for _, _, target in texts])
     mixed = ''
-    if uniform_prob and now.stage:
+    if uniform_prob and s.stage:
         mixed = f', each row with chance {uniform_prob:g} at an earlier stage'
-    row = Rows(now.rows, 'train', now.stage, **row_knobs)[0]
-    asked = Rows(now.validation, 'validation', now.stage, supervised=False,
+    row = Rows(s.rows, 'train', s.stage, **row_knobs)[0]
+    asked = Rows(s.validation, 'validation', s.stage, supervised=False,
                  **row_knobs)[0]['input_ids']
     ids, start = row['input_ids'], row['labels'].count(-100)  # -100 stands on the prompt, in front
-    print(f'\nstage {now.stage}: {now.epochs} epochs of {now.steps} steps, {len(now.rows)} rows, '
+    print(f'\nstage {s.stage}: {s.epochs} epochs of {s.steps} steps, {len(s.rows)} rows, '
           f'{thoughts} thoughts, {written} steps in words, learning rate {rates[0]:.1e} to '
           f'{max(rates):.1e} to {rates[-1]:.1e}{mixed}\n'
-          f'--- training row {now.rows[0]["question_id"]}, {len(ids)} tokens; supervised is what '
+          f'--- training row {s.rows[0]["question_id"]}, {len(ids)} tokens; supervised is what '
           f'stands in [[ ]]\n{text(ids[:start])}[[{text(ids[start:])}]]\n'
-          f'--- prompt of validation row {now.validation[0]["question_id"]}, {len(asked)} tokens\n'
+          f'--- prompt of validation row {s.validation[0]["question_id"]}, {len(asked)} tokens\n'
           f'{text(asked)}')
 
 
@@ -368,7 +368,7 @@ if __name__ == '__main__':  # data workers import this file again where processe
 
     # --- state: all that a resume needs, besides model and optimizer ------------------------------
     epoch = place = step = 0     # whole epochs done, batches of the next one, optimizer steps
-    stage = start_stage          # of the epoch in hand, a number; a Stage is called now
+    stage = start_stage          # of the epoch in hand, a number; a Stage is called current
     accuracy, best = 0.0, None   # latest validation accuracy; [stage, accuracy, -loss] of best.pt
     sums = Counter()             # over this epoch's steps: loss, gradient norm, tokens, ...
     seconds_before = 0.0         # of this run, before it was resumed
@@ -414,11 +414,12 @@ if __name__ == '__main__':  # data workers import this file again where processe
                      max_tiles=max_tiles, cache_tiles=cache_tiles, max_length=most,
                      num_image_tokens=config.num_image_tokens, seed=seed, **text_knobs)
     signals = []  # those that asked this process to stop
+    trained = 0   # steps of the whole run, once the final report is of best.pt's
 
     def leave():
         by = signals[0] if signals else signal.SIGTERM  # where another rank alone got the signal
-        print(f'train.py: stopped by {signal.Signals(by).name} after step {step}, all is saved: go '
-              'on with --init_from=resume', file=sys.stderr)
+        print(f'train.py: stopped by {signal.Signals(by).name} after step {max(step, trained)}, '
+              'all is saved: go on with --init_from=resume', file=sys.stderr)
         end(128 + by)
 
     @torch.no_grad()
@@ -505,20 +506,20 @@ if __name__ == '__main__':  # data workers import this file again where processe
     if 'test' in splits:
         # called for its checks: a split without a row that fits is refused now, not in the end
         fitting_rows('test', stages[-1].stage, **row_knobs)
-    stage_of_epoch = [now for now in stages for _ in range(now.epochs)]
+    stage_of_epoch = [one for one in stages for _ in range(one.epochs)]
     stage = stages[0].stage
     last_step = min(total_steps, max_steps or total_steps)
 
-    def learning_rate_at(step, now):
+    def learning_rate_at(step, current):
         """Linear warm-up, then a cosine to min_lr_ratio of the peak, over a stage or the run."""
         done, total = step, total_steps
         if reset_optimizer:
-            done, total = step - now.first_step, now.steps * now.epochs
+            done, total = step - current.first_step, current.steps * current.epochs
         if done < warmup_steps:
-            return now.peak * (done + 1) / warmup_steps
+            return current.peak * (done + 1) / warmup_steps
         progress = (done - warmup_steps) / max(1, total - warmup_steps)
         cosine = (1 + math.cos(math.pi * progress)) / 2
-        return now.peak * (min_lr_ratio + (1 - min_lr_ratio) * cosine)
+        return current.peak * (min_lr_ratio + (1 - min_lr_ratio) * cosine)
 
     def new_optimizer():
         """AdamW; weight decay on all but biases, norms and scales."""
@@ -538,17 +539,17 @@ if __name__ == '__main__':  # data workers import this file again where processe
           f'images\n{len(stage_of_epoch)} epochs, {total_steps} steps; {dtype} on '
           f'{provenance["device"]}', flush=True)
     if dry_run:
-        for now in stages:
-            steps = range(now.first_step, now.first_step + now.steps * now.epochs)
-            rates = [learning_rate_at(s, now) for s in steps]
-            preview(now, row_knobs, text_knobs, rates, uniform_prob)
+        for current in stages:
+            steps = range(current.first_step, current.first_step + current.steps * current.epochs)
+            rates = [learning_rate_at(s, current) for s in steps]
+            preview(current, row_knobs, text_knobs, rates, uniform_prob)
         end()
 
     # --- resume, or a fresh folder ----------------------------------------------------------------
     data, lines = digest(data_dir, 'train', 'validation'), b''
     if init_from == 'resume':
         changed = [f'{k}={knobs[k]!r} (was {v!r})' for k, v in saved['knobs'].items()
-                   if k not in FREE and knobs.get(k, v) != v]
+                   if k not in CHANGEABLE and knobs.get(k, v) != v]
         if saved['data'] != data:
             changed.append(f'data_dir={data_dir!r} (its rows are not those the run began with)')
         if changed:
@@ -612,7 +613,7 @@ if __name__ == '__main__':  # data workers import this file again where processe
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     # without an image in a batch the vision tower has no gradient
-    images_everywhere = all(row.get('image') for now in stages for row in now.rows)
+    images_everywhere = all(row.get('image') for one in stages for row in one.rows)
     find_unused = config.vision_num_layers > 0 and not images_everywhere
     network = model
     if world > 1:
@@ -624,15 +625,15 @@ if __name__ == '__main__':  # data workers import this file again where processe
     # place > 0: last.pt is from before an evaluation, or from inside an epoch that max_steps ended.
     # Where no batch is left then, the epoch is only evaluated
     while epoch < len(stage_of_epoch) and (step < last_step or place):
-        now = stage_of_epoch[epoch]
-        if now.stage != stage and reset_optimizer:
+        current = stage_of_epoch[epoch]
+        if current.stage != stage and reset_optimizer:
             optimizer = new_optimizer()
-        stage = now.stage
-        order = np.random.default_rng((seed, epoch)).permutation(len(now.rows)).tolist()
+        stage = current.stage
+        order = np.random.default_rng((seed, epoch)).permutation(len(current.rows)).tolist()
         groups = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
         # a rank without rows takes a row of weight 0, so that DDP stays in step
         own = [group[rank::world] or group[:1] for group in groups]
-        training = Rows(now.rows, 'train', stage, uniform_prob=uniform_prob, epoch=epoch,
+        training = Rows(current.rows, 'train', stage, uniform_prob=uniform_prob, epoch=epoch,
                         teach=teach_thoughts > 0, **row_knobs)
         model.train()
         meter, since = Counter(), time.time()
@@ -649,7 +650,7 @@ if __name__ == '__main__':  # data workers import this file again where processe
             if any(count for _, count in gathered):
                 save('last.pt', resumable=True)
                 leave()
-            lr = learning_rate_at(step, now)
+            lr = learning_rate_at(step, current)
             for group in optimizer.param_groups:
                 group['lr'] = lr
             loss = correct = 0.0
@@ -680,7 +681,7 @@ if __name__ == '__main__':  # data workers import this file again where processe
             loss, correct, norm = torch.stack((loss, correct, norm)).tolist()
             loss, correct = np.sum(all_ranks((loss, correct)), axis=0).tolist()
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                names = ', '.join(str(now.rows[i]['question_id']) for i in groups[place])
+                names = ', '.join(str(current.rows[i]['question_id']) for i in groups[place])
                 raise ValueError(f'the loss is {loss} and the gradient norm {norm} in step '
                                  f'{step + 1} (stage {stage}, epoch {epoch + 1}), rows {names}: '
                                  f'{last_path} is from before; lower the learning rate, or look at '
@@ -714,12 +715,12 @@ if __name__ == '__main__':  # data workers import this file again where processe
                 save('last.pt', resumable=True)  # at the epoch's end it is saved anyway
             step_began = time.time()
         save('last.pt', resumable=True)  # a kill in the evaluation costs only the evaluation
-        metrics, answers = evaluate(now.validation, 'validation')
+        metrics, answers = evaluate(current.validation, 'validation')
         whole, accuracy = place == len(groups), metrics['accuracy']
         if whole:
             epoch, place = epoch + 1, 0
         print(f'epoch {epoch + (not whole):3d} | stage {stage} | {describe(metrics)}', flush=True)
-        for row, found in zip(now.validation[:2], answers):
+        for row, found in zip(current.validation[:2], answers):
             print(f'  asked {row["question"][-100:]!r}, written {found["text"][-160:]!r}, right is '
                   f'{row["answer"]!r}', flush=True)
         log('eval', **metrics)
@@ -732,7 +733,8 @@ if __name__ == '__main__':  # data workers import this file again where processe
         if whole:
             n, seconds = sums['steps'], sums['seconds']
             write(f'metrics_epoch_{epoch}.json', dict(
-                metrics, stage=stage, epoch=epoch, step=step, lr=learning_rate_at(step - 1, now),
+                metrics, stage=stage, epoch=epoch, step=step,
+                lr=learning_rate_at(step - 1, current),
                 train_loss=sums['loss'] / n, grad_norm=sums['grad_norm'] / n,
                 tokens_per_s=sums['tokens'] / seconds, images_per_s=sums['images'] / seconds))
             sums = Counter()
@@ -753,6 +755,7 @@ if __name__ == '__main__':  # data workers import this file again where processe
     all_ranks('here')  # none goes on before best.pt is whole
     saved = read_checkpoint(os.path.join(out_dir, 'best.pt'))
     model.load_state_dict(saved['model'])
+    trained = step
     stage, epoch, step = saved['stage'], saved['epoch'], saved['step']
     print(f'best.pt: stage {stage}, epoch {epoch}')
     report()

@@ -467,10 +467,10 @@ def draw_thoughts(path, model, tokenizer, thoughts, rows, table):
     save(figure, path)
 
 
-def draw_patch(path, row, number, step, place, before, after, image=None):
-    """A row's chain of places, and below it the one that begins where thought `number` was
-    exchanged: its step then arrives at `place`, and the row's own map leads on. before, after: the
-    answers written. image: the row's, or None."""
+def draw_patch(path, row, number, step, place, before, after, image=None, c_thought=1):
+    """A row's chain of places, each with the first of the thoughts that stand for it, and below it
+    the one that begins where thought `number` was exchanged: its step then arrives at `place`, and
+    the row's own map leads on. before, after: the answers written. image: the row's, or None."""
     start = re.findall(r'\w+', row['question'].split('\n')[-1])[-1]
     start = start if any(source == start for source, _ in row['edges']) else ''
     chain = [start, *places_of(row)]
@@ -486,6 +486,9 @@ def draw_patch(path, row, number, step, place, before, after, image=None):
             known = pyplot().matplotlib.colors.is_color_like(name)
             axis.scatter(x, y, s=900, color=name if known else 'lightgrey', edgecolors='black')
             axis.text(x, y - 0.42, literal(name), ha='center', fontsize=9)
+            if y and x:
+                axis.text(x, y + 0.3, f'thought {1 + (x - 1) * c_thought}', ha='center', fontsize=8,
+                          color='grey')
             if x > first:
                 axis.annotate('', (x - 0.2, y), (x - 0.8, y), arrowprops=dict(arrowstyle='->'))
     axis.annotate('', (step, 0.27), (step, 0.5),
@@ -498,7 +501,7 @@ def draw_patch(path, row, number, step, place, before, after, image=None):
               fontsize=9, color='tab:red')
     options = [f'{letter} {option}' for letter, option in zip(LETTERS, row.get('choices') or ())]
     title = '     '.join([row['question'][-60:], *options])
-    axis.set(xlim=(-0.5, len(chain) + 1), ylim=(-0.7, 1.5))
+    axis.set(xlim=(-0.5, len(chain) + 1), ylim=(-0.7, 1.55))
     axis.set_title(literal(title), fontsize=10)
     axis.axis('off')
     save(figure, path)
@@ -719,7 +722,7 @@ if __name__ == '__main__':
             place = places_of(rows[int(donors[i])])[step - 1]
             draw_patch(os.path.join(out_dir, f'{name}_{split}.png'), rows[i],
                        number_of(name, 'patch'), step, place, clean_answers[i]['text'],
-                       answers[i]['text'], image)
+                       answers[i]['text'], image, knobs['c_thought'])
         records.append(dict(name=name, clean=clean, rows=len(now), p=p, only_clean=lost,
                             only_changed=won, **more, **metrics))
     with replacing(os.path.join(out_dir, f'probe_{split}.json')) as part, open(part, 'w') as f:
