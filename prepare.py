@@ -657,10 +657,11 @@ def replacing(path):
 # part of the cache's hash: count it up when tile_image or load_image give other pixels
 TILING_VERSION = 2
 PngImagePlugin.MAX_TEXT_CHUNK = 2 ** 26  # image generators write more text than Pillow allows
+# EXIF's orientation; ImageOps.exif_transpose fails where it writes damaged EXIF data back
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
          4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
          6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-         8: Image.Transpose.ROTATE_90}  # EXIF's orientation
+         8: Image.Transpose.ROTATE_90}
 
 
 def orientation(image):
@@ -672,21 +673,20 @@ def orientation(image):
 
 
 def grey_to_8_bits(image):
-    """Greys of more than 8 bits. White is the full scale that holds the brightest: 1 for fractions,
-    else that of 8, 10, 12, 14 or 16 bits; beyond these scales the range of the picture itself."""
+    """Greys of more than 8 bits. Black and white are 0 and 1 for fractions, else 0 and the least
+    full scale of 8, 10, 12, 14 or 16 bits that holds the brightest; for others the picture's own
+    least and greatest value."""
     grey = np.asarray(image).astype(np.float64)
     finite = np.isfinite(grey)
     low, high = (grey[finite].min(), grey[finite].max()) if finite.any() else (0, 0)
     grey = np.where(finite, grey, low)
-    scales = [2 ** bits - 1 for bits in (8, 10, 12, 14, 16)]
-    white = min((scale for scale in scales if scale >= high), default=high)
+    scales = [2 ** bits - 1 for bits in (8, 10, 12, 14, 16) if 2 ** bits - 1 >= high]
+    black, white = low, high
     if image.mode == 'F' and low >= -0.5 and high <= 1.5:  # fractions, after a sharp resize
-        low, white = 0, 1
-    elif low >= 0 and white in scales:
-        low = 0
-    else:
-        white = high
-    grey = (grey - low) / max(white - low, 1e-12) * 255
+        black, white = 0, 1
+    elif low >= 0 and scales:
+        black, white = 0, scales[0]
+    grey = (grey - black) / max(white - black, 1e-12) * 255
     return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
 
 
