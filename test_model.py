@@ -440,8 +440,8 @@ def test_cached_generation_equals_uncached(boost):
             if boost is not None:
                 model.language_model.lm_head.weight[boost] *= 3
         batch = make_batch(model.config, TILES, THOUGHTS, seed=seed)
-        for b, ids in enumerate(
-                model.generate(**without_labels(batch), max_new_tokens=16).tolist()):
+        written = model.generate(**without_labels(batch), max_new_tokens=16).tolist()
+        for b, ids in enumerate(written):
             slow = slow_generate(model, one_row(batch, b), 16)
             assert ids[:len(slow)] == slow
             assert set(ids[len(slow):]) <= {PAD}
@@ -690,10 +690,8 @@ def test_a_tied_head_stays_tied(tmp_path):
     """The file holds no head; ours is the embedding, also after a step of training."""
     from safetensors.torch import load_file, save_file
     save_tiny(tmp_path)
-    weights = {
-        name: tensor.clone()
-        for name, tensor in load_file(tmp_path / 'model.safetensors').items()
-    }
+    weights = load_file(tmp_path / 'model.safetensors')
+    weights = {name: tensor.clone() for name, tensor in weights.items()}
     headless = {name: tensor for name, tensor in weights.items() if 'lm_head' not in name}
     save_file(headless, tmp_path / 'model.safetensors')
     config = json.load(open(tmp_path / 'config.json'))
@@ -1236,18 +1234,19 @@ def test_code_of_a_checkpoint_folder_is_never_run(tmp_path, monkeypatch):
      (dict(correct_choice_idx='B'), 'correct_choice_idx', 1),
      (dict(correct_choice_idx='1.0'), 'correct_choice_idx', 1),
      (dict(correct_choice_idx=None, answer='x'), 'correct_choice_idx', 1),
-     (dict(correct_choice_idx=float('nan'), answer='(B)'), 'correct_choice_idx', 1), (dict(
-         correct_choice_idx=None, answer='X '), 'correct_choice_idx', 1), (dict(
-             correct_choice_idx=None, answer='b', choices=list('cabd')), 'correct_choice_idx', 2),
+     (dict(correct_choice_idx=float('nan'), answer='(B)'), 'correct_choice_idx', 1),
+     (dict(correct_choice_idx=None, answer='X '), 'correct_choice_idx', 1),
+     (dict(correct_choice_idx=None, answer='b', choices=list('cabd')), 'correct_choice_idx', 2),
      (dict(correct_choice_idx=1, answer='x'), 'answer', 'x'),
      (dict(choices="['w', 'x', 'y']"), 'choices', ['w', 'x', 'y']),
      (dict(choices=[3, 4.0, 5]), 'choices', ['3', '4', '5']),
      (dict(choices=[' w', 'x ', 'y']), 'choices', [' w', 'x ', 'y']),
-     (dict(choices=[' w', 'x ', ' y']), 'answer', 'y'), (dict(
-         choices=None, answer=18), 'answer', '18'), (dict(choices=[], answer=18.0), 'answer', '18'),
-     (dict(question='a\r\nb'), 'question', 'a\nb'), (dict(
-         question_id=None,
-         idx=7), 'question_id', '7'), (dict(question_id=3.0), 'question_id', '3')))
+     (dict(choices=[' w', 'x ', ' y']), 'answer', 'y'),
+     (dict(choices=None, answer=18), 'answer', '18'),
+     (dict(choices=[], answer=18.0), 'answer', '18'),
+     (dict(question='a\r\nb'), 'question', 'a\nb'),
+     (dict(question_id=None, idx=7), 'question_id', '7'),
+     (dict(question_id=3.0), 'question_id', '3')))
 def test_obvious_conversions(changes, field, expected):
     row, reason = build_row(dict(RAW, **changes), 'train')
     assert reason is None
@@ -1268,11 +1267,11 @@ def test_obvious_conversions(changes, field, expected):
      (dict(correct_choice_idx=True), 'without a valid correct_choice_idx'),
      (dict(correct_choice_idx=float('inf')), 'without a valid correct_choice_idx'),
      (dict(correct_choice_idx=None, answer='q'), 'whose answer is none of its options'),
-     (dict(correct_choice_idx=None, answer='A',
-           choices=list('cabd')), 'whose answer is several of its options'), (dict(
-               correct_choice_idx=0, answer='x'), 'whose answer and correct_choice_idx disagree'),
-     (dict(choices=None, answer=None), 'without an answer'), (dict(
-         choices=None, answer=True), 'whose answer is bool'),
+     (dict(correct_choice_idx=None, answer='A', choices=list('cabd')),
+      'whose answer is several of its options'),
+     (dict(correct_choice_idx=0, answer='x'), 'whose answer and correct_choice_idx disagree'),
+     (dict(choices=None, answer=None), 'without an answer'),
+     (dict(choices=None, answer=True), 'whose answer is bool'),
      (dict(steps=[dict(text='a')]), 'whose steps is dict, not text'),
      (dict(rationales=7), 'whose rationales is int'),
      (dict(question='<image>\nWhat?'), 'whose own text holds <image>'),
@@ -1483,12 +1482,8 @@ SAID = {  # option -> texts that say it; None: texts that say none, or several
 @pytest.mark.parametrize('option', SAID)
 def test_answers_are_read_only_where_they_say_an_option(option):
     expected = (0, False) if option is None else (option, True)
-    wrong = {
-        text: found
-        for text in SAID[option]
-        if (found := prepare.extract_choice(text, K)) != expected
-    }
-    assert not wrong
+    read = {text: prepare.extract_choice(text, K) for text in SAID[option]}
+    assert read == dict.fromkeys(read, expected)
 
 
 @pytest.mark.parametrize(

@@ -61,11 +61,7 @@ def test_interventions_change_what_they_say():
         assert swapped[0, 1].any()  # row 1 has but one thought: row 0 keeps its own second
         # the same, row by row: a donor is the next row of the split, not of the batch
         for b in range(4):
-            alone = {
-                k: v
-                for k, v in one_row(dict(batch, labels=batch['input_ids']), b).items()
-                if k != 'labels'
-            }
+            alone = without_labels(one_row(dict(batch, labels=batch['input_ids']), b))
             for name, whole in (('swap', swapped), ('noise', noise)):
                 torch.testing.assert_close(run(name, alone, [b])[0], whole[b, :int(here[b].sum())],
                                            atol=1e-4, rtol=1e-3)
@@ -478,14 +474,12 @@ def test_eval_only_measures_any_checkpoint(run, tmp_path):
     (tmp_path / 'data').mkdir()
     for split in ('validation', 'test'):
         rows = prepare.read_split(str(top / 'data'), split)
-        rows = [{
-            k: v
-            for k, v in r.items()
-            if split != 'test' or k not in ('answer', 'steps', 'correct_choice_idx')
-        }
-                for r in rows]
+        if split == 'test':
+            for row in rows:
+                for label in ('answer', 'steps', 'correct_choice_idx'):
+                    del row[label]
         (tmp_path / 'data' / f'{split}.jsonl').write_text(''.join(
-            json.dumps(r) + '\n' for r in rows))
+            json.dumps(row) + '\n' for row in rows))
     os.symlink(top / 'data' / 'images', tmp_path / 'data' / 'images')
     save_tiny(tmp_path / 'model')
     for number, source in enumerate((top / 'out' / 'best.pt', tmp_path / 'model')):
@@ -506,11 +500,8 @@ def events(folder, kind, drop=('time', 'seconds_per_answer', 'tokens_per_s', 'im
                                'memory_gb')):
     """Logged lines without what a clock or the machine decides."""
     lines = map(json.loads, open(folder / 'metrics.jsonl'))
-    return [{k: v
-             for k, v in line.items()
-             if k not in drop}
-            for line in lines
-            if line['event'] == kind]
+    return [{k: v for k, v in line.items() if k not in drop}
+            for line in lines if line['event'] == kind]
 
 
 def assert_same_run(a, b):
