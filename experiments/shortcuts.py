@@ -4,11 +4,14 @@ questions: "... Is Tom a lompus or a rempus?"
 
     python -m experiments.shortcuts prosqa_test.json
     python -m experiments.shortcuts data/prosqa/test.jsonl
+    python -m experiments.shortcuts data/prosqa/test.jsonl out-prosqa/answers_test.json
 
 The rule of k edges looks k edges back from each of the two options, for the nearest person there,
 and takes the option whose person is further away, or not in sight; where both are equally far it
-has half a point. A model that scores no more than such a rule may have learnt no more than it.
+has half a point. A model that scores no more than such a rule may have learnt no more than it: with
+a run's answers to the same prepared rows, their accuracy is given apart by what the rule scores.
 """
+import json
 import os
 import re
 import sys
@@ -50,15 +53,26 @@ def score(row, k):
 
 if __name__ == '__main__':
     sys.excepthook = one_sentence
-    if len(sys.argv) != 2 or not os.path.isfile(sys.argv[1]):
-        raise ValueError('give one file of rows, as in python -m experiments.shortcuts FILE')
-    rows = read_json_rows(sys.argv[1])
+    if len(sys.argv) not in (2, 3) or not all(os.path.isfile(path) for path in sys.argv[1:]):
+        raise ValueError('give one file of rows, as in python -m experiments.shortcuts FILE, and '
+                         'perhaps the answers_test.json of a run on it')
+    rows, right = read_json_rows(sys.argv[1]), {}  # right: question_id -> whether it was answered
+    if len(sys.argv) == 3:
+        with open(sys.argv[2]) as f:
+            right = {found['question_id']: found['right'] for found in json.load(f)['answers']}
     for k in (1, 2, 3):
-        scores = [score(row, k) for row in rows if 'question' in row and 'answer' in row]
-        scores = [one for one in scores if one is not None]
+        asked = [(row, score(row, k)) for row in rows if 'question' in row and 'answer' in row]
+        asked = [(row, one) for row, one in asked if one is not None]
+        scores = [one for _, one in asked]
         if not scores:
             raise ValueError(f'{sys.argv[1]} holds no question like "Is Tom a lompus or a rempus?"')
         p = sum(scores) / len(scores)
         low, high = wilson(p, len(scores))
         print(f'{k} edge{"s" * (k > 1)} back: {100 * p:.1f} % ({100 * low:.1f} to '
               f'{100 * high:.1f}) of {len(scores)} rows, {scores.count(0.5)} of them undecided')
+        for name, points in (('right', 1), ('undecided', 0.5), ('wrong', 0)):
+            found = [right[row['question_id']] for row, one in asked
+                     if one == points and row.get('question_id') in right]
+            if found:
+                print(f'    the answers where it is {name}: {100 * sum(found) / len(found):.1f} % '
+                      f'of {len(found)}')

@@ -1404,6 +1404,17 @@ def test_our_graphs_have_no_such_shortcut(tmp_path):
     shares = [float(share) for share in re.findall(r'back: ([\d.]+) %', said)]
     assert len(shares) == 3
     assert all(44 < share < 56 for share in shares)
+    (tmp_path / 'mine.jsonl').write_text(''.join(
+        json.dumps(dict(question=GRAPH + question, answer=answer, question_id=name)) + '\n'
+        for name, question, answer in (('a', 'Is Tom a cc or dd?', 'Tom is a cc.'),
+                                       ('b', 'Is Zoe a dd or cc?', 'Zoe is a dd.'),
+                                       ('c', 'Is Tom a dd or cc?', 'Tom is a cc.'))))
+    (tmp_path / 'answers.json').write_text(json.dumps(dict(answers=[
+        dict(question_id='a', right=True), dict(question_id='b', right=False),
+        dict(question_id='c', right=False)])))
+    said = script('experiments/shortcuts.py', f'{tmp_path}/mine.jsonl', f'{tmp_path}/answers.json')
+    assert 'the answers where it is right: 50.0 % of 2' in said
+    assert 'the answers where it is wrong: 0.0 % of 1' in said
     assert 'give one file' in script('experiments/shortcuts.py', fails=True)
 
 
