@@ -1,9 +1,9 @@
 # Graphs like ProsQA's, text only, and a decoder of 0.2M parameters from scratch. On seed 41: 92 %
 # with the steps written (chance 50 %), 61 % with one thought a step, which carries nothing, 80 and
-# 99 % (two runs) with two. On seed 42 facts are not looked up after stage 0, and all is at 50 %.
-# See experiments/RESULTS.md. 26 minutes on one core.
+# 99 % (two runs) with two. On seeds 42 and 43 stage 0 learns to look no fact up, and all is at
+# 50 %. See experiments/RESULTS.md. 26 to 39 minutes on one core.
 #     python prepare.py config/prosqa.py && python train.py config/prosqa.py
-dataset = 'prosqa'           # or --dataset=prosqa_train.json, Coconut's own file
+dataset = 'prosqa'           # 'prosqa_full': the published size; or prosqa_train.json, the file
 data_dir = 'data/prosqa'
 out_dir = 'out-prosqa'
 init_from = 'scratch'
