@@ -1334,7 +1334,7 @@ class Split:
         for i, raw_row in enumerate(tqdm(raw, desc=f'{split}: reading', disable=None)):
             row = dict(question_id=str(i))
             try:
-                row['question_id'] = name_of(raw_row) or str(i)
+                row['question_id'] = name_of(raw_row) or row['question_id']
                 row.update(read_row(raw_row, split, steps_from, max_latent_stage))
                 data = read_picture(raw_row, folders)
                 if data is not None:

@@ -414,11 +414,11 @@ if __name__ == '__main__':  # data workers import this file again where processe
                      max_tiles=max_tiles, cache_tiles=cache_tiles, max_length=most,
                      num_image_tokens=config.num_image_tokens, seed=seed, **text_knobs)
     signals = []  # those that asked this process to stop
-    trained = 0   # steps of the whole run, once the final report is of best.pt's
+    steps_done = 0  # of the run, once `step` is best.pt's in the final report
 
     def leave():
         by = signals[0] if signals else signal.SIGTERM  # where another rank alone got the signal
-        print(f'train.py: stopped by {signal.Signals(by).name} after step {max(step, trained)}, '
+        print(f'train.py: stopped by {signal.Signals(by).name} after step {max(step, steps_done)}, '
               'all is saved: go on with --init_from=resume', file=sys.stderr)
         end(128 + by)
 
@@ -755,7 +755,7 @@ if __name__ == '__main__':  # data workers import this file again where processe
     all_ranks('here')  # none goes on before best.pt is whole
     saved = read_checkpoint(os.path.join(out_dir, 'best.pt'))
     model.load_state_dict(saved['model'])
-    trained = step
+    steps_done = step
     stage, epoch, step = saved['stage'], saved['epoch'], saved['step']
     print(f'best.pt: stage {stage}, epoch {epoch}')
     report()
