@@ -17,7 +17,7 @@ import re
 import sys
 
 from configurator import one_sentence
-from prepare import read_json_rows
+from prepare import digest, read_json_rows
 from sample import wilson
 
 QUESTION = re.compile(r'Is (\w+) (?:an? )?(\w+) or (?:an? )?(\w+)\?')
@@ -59,7 +59,13 @@ if __name__ == '__main__':
     rows, right = read_json_rows(sys.argv[1]), {}  # right: question_id -> whether it was answered
     if len(sys.argv) == 3:
         with open(sys.argv[2]) as f:
-            right = {found['question_id']: found['right'] for found in json.load(f)['answers']}
+            answered = json.load(f)
+        folder, split = os.path.split(sys.argv[1].removesuffix('.jsonl'))
+        prepared = sys.argv[1].endswith('.jsonl') and isinstance(answered, dict)
+        if not prepared or answered.get('data') != digest(folder, split):
+            raise ValueError(f'{sys.argv[2]} holds no answers to the rows of {sys.argv[1]}: give '
+                             'the prepared .jsonl file that was asked')
+        right = {found['question_id']: found['right'] for found in answered['answers']}
     for k in (1, 2, 3):
         asked = [(row, score(row, k)) for row in rows if 'question' in row and 'answer' in row]
         asked = [(row, one) for row, one in asked if one is not None]

@@ -1412,12 +1412,18 @@ def test_our_graphs_have_no_such_shortcut(tmp_path):
         for name, question, answer in (('a', 'Is Tom a cc or dd?', 'Tom is a cc.'),
                                        ('b', 'Is Zoe a dd or cc?', 'Zoe is a dd.'),
                                        ('c', 'Is Tom a dd or cc?', 'Tom is a cc.'))))
-    (tmp_path / 'answers.json').write_text(json.dumps(dict(answers=[
-        dict(question_id='a', right=True), dict(question_id='b', right=False),
-        dict(question_id='c', right=False)])))
+    (tmp_path / 'answers.json').write_text(json.dumps(dict(
+        data=prepare.digest(str(tmp_path), 'mine'), answers=[
+            dict(question_id='a', right=True), dict(question_id='b', right=False),
+            dict(question_id='c', right=False)])))
     said = script('experiments/shortcuts.py', f'{tmp_path}/mine.jsonl', f'{tmp_path}/answers.json')
     assert 'the answers where it is right: 50.0 % of 2' in said
     assert 'the answers where it is wrong: 0.0 % of 1' in said
+    with open(tmp_path / 'mine.jsonl', 'a') as f:  # the same ids, other rows
+        f.write('\n')
+    said = script('experiments/shortcuts.py', f'{tmp_path}/mine.jsonl', f'{tmp_path}/answers.json',
+                  fails=True)
+    assert 'holds no answers to the rows of' in said
     assert 'give one file' in script('experiments/shortcuts.py', fails=True)
 
 
