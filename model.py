@@ -307,22 +307,22 @@ def lay_out(input_ids, attention_mask, config, labels=None, device=None):
     position = torch.full((B, S), PADDING)
     position[row, slot[row, column]] = column
     is_image = slot_ids == config.image_token_id
+
+    def on_device(x):
+        return x.to(device, non_blocking=True)
+
     real_slots = []
     for k, width in enumerate(widths.tolist()):
         is_real = torch.arange(width) < length[:, k, None]                      # [B, width]
         # above 90 %, as measured on a CPU, leaving the others out costs more than it saves
         mostly = is_real.float().mean() > 0.9
-        real_slots.append(None if mostly else is_real.flatten().nonzero()[:, 0].to(device))
+        real_slots.append(None if mostly else on_device(is_real.flatten().nonzero()[:, 0]))
     targets = ()
     if labels is not None:
         labels = labels.cpu()
         # before: the column whose hidden state predicts the next one
         row, before = (labels[:, 1:] != -100).nonzero(as_tuple=True)
         targets = (row, slot[row, before], labels[row, before + 1])
-
-    def on_device(x):
-        return x.to(device, non_blocking=True)
-
     return Layout(on_device(slot), on_device(slot_ids), on_device(position), on_device(length),
                   widths.tolist(), real_slots, on_device(is_image.flatten().nonzero()[:, 0]),
                   is_image.sum(1).tolist(), tuple(on_device(x) for x in targets))

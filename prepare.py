@@ -690,9 +690,15 @@ def grey_to_8_bits(image):
     return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
 
 
-def pillow_reason(error):
-    """What one of Pillow's errors says, without the address of its buffer."""
-    return str(error).split(' <_io')[0] or type(error).__name__
+@contextlib.contextmanager
+def decoding(name):
+    """Around Pillow's own calls and nothing else: its decoders raise any kind on damaged files,
+    which becomes one ValueError, without the address of a buffer."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).split(' <_io')[0] or type(error).__name__
+        raise ValueError(f'{name} cannot be read as an image: {reason}') from None
 
 
 def load_image(file):
@@ -702,35 +708,32 @@ def load_image(file):
     name = file if isinstance(file, str) else 'image'
     if isinstance(file, str) and not os.path.isfile(file):
         raise FileNotFoundError(f'no image file {file[:200]}')
-    try:
+    with decoding(name):
         image = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
-        turn = TURNS.get(orientation(image))
-        if image.format == 'TIFF':
-            turn = None  # Pillow turns these itself
-        if image.mode.startswith('I') or image.mode == 'F':
-            image = grey_to_8_bits(image)
-        elif image.has_transparency_data:
-            image = image.convert('RGBA')
-            image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
-        image = image.convert('RGB')
-        return image if turn is None else image.transpose(turn)
-    except Exception as error:  # Pillow's decoders raise any kind on damaged files
-        raise ValueError(f'{name} cannot be read as an image: {pillow_reason(error)}') from None
+        image.load()
+    turn = TURNS.get(orientation(image))
+    if image.format == 'TIFF':
+        turn = None  # Pillow turned it when it was loaded
+    if image.mode.startswith('I') or image.mode == 'F':
+        image = grey_to_8_bits(image)
+    elif image.has_transparency_data:
+        image = image.convert('RGBA')
+        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+    image = image.convert('RGB')
+    return image if turn is None else image.transpose(turn)
 
 
 def image_header(data):
     """(file ending, (width, height) as it is shown) of an image's bytes; only a TIFF is decoded."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
+    with decoding('it'):
+        image = Image.open(io.BytesIO(data))
+        size = image.size
+        if image.format == 'TIFF':  # which Pillow turns itself when it is loaded
+            image.load()
             size = image.size
-            if image.format == 'TIFF':  # which Pillow turns itself when it is loaded
-                image.load()
-                size = image.size
-            elif orientation(image) in (5, 6, 7, 8):
-                size = size[::-1]
-            return image.format.lower(), size
-    except Exception as error:  # as in load_image
-        raise ValueError(f'cannot be read as an image: {pillow_reason(error)}') from None
+    if image.format != 'TIFF' and orientation(image) in (5, 6, 7, 8):
+        size = size[::-1]
+    return image.format.lower(), size
 
 
 def tile_grid(width, height, size=448, min_tiles=1, max_tiles=8):

@@ -41,6 +41,12 @@ from model import Config, IMAGE_MEAN, IMAGE_STD, MultiCoCo, SPECIAL_TOKENS
 from model import add_special_tokens, load_checkpoint, load_tokenizer, sample
 
 torch.set_num_threads(1)
+# The same results on every machine: neither a test nor a script that it runs sees a GPU, unless the
+# test asks for the fixture `gpu`
+find_gpu = torch.cuda.is_available
+has_gpu = find_gpu()
+torch.cuda.is_available = lambda: False
+os.environ['CUDA_VISIBLE_DEVICES'] = ''
 HERE = os.path.dirname(os.path.abspath(__file__))
 IMG, LATENT, EOS, PAD = 90, 91, 95, 0  # token ids of the tiny models
 N = 4                                  # visual tokens of a 56-pixel tile
@@ -236,6 +242,16 @@ def relative(a, b):
 
 THOUGHTS = [(), (1,), (3,), (2, 1, 2)]  # none, one, three in a row, separated runs
 TILES = [0, 1, 3, 1]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    if not has_gpu:
+        pytest.skip('no GPU here')
+    monkeypatch.setattr(torch.cuda, 'is_available', find_gpu)
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES')
+    # torch's default is TF32 for convolutions, the patch embedding among them: 1e-3 away
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1385,7 +1401,7 @@ def test_rows_without_the_picture_that_others_have(tmp_path):
     assert 'dropped 1 rows whose image file is not there: 2 (none.png)' in said
     assert 'dropped 1 rows with 2 images, where one is used: 3' in said
     assert 'dropped 1 rows whose image has neither bytes nor path: 7' in said
-    assert 'dropped 1 rows with an unreadable image: 4 (cannot be read as an image' in said
+    assert 'dropped 1 rows with an unreadable image: 4 (it cannot be read as an image' in said
     assert 'train: 2 rows of 8' in said
 
 
@@ -1746,6 +1762,13 @@ def test_deep_greys_are_seen(values, expected):
         assert shown[2] == 255
     else:
         assert shown.tolist() == pytest.approx(expected, abs=1)
+
+
+def test_a_slip_in_our_own_code_is_no_bad_picture(monkeypatch):
+    """It keeps its traceback: only Pillow's own calls may call a picture unreadable."""
+    monkeypatch.setattr(prepare, 'grey_to_8_bits', lambda image: image.no_such_thing)
+    with pytest.raises(AttributeError, match='no_such_thing'):
+        prepare.load_image(in_memory(Image.new('I;16', (20, 20))))
 
 
 def test_a_turned_photograph_is_measured_as_it_is_shown(tmp_path):
@@ -2235,3 +2258,76 @@ def test_a_data_dir_that_cannot_be_a_folder(tmp_path):
     said = script('prepare.py', f'--dataset={tmp_path}/mine.jsonl', f'--data_dir={tmp_path}/file',
                   '--init_from=scratch', fails=True)
     assert 'cannot be a folder' in said
+
+
+# --------------------------------------------------------------------------------------------------
+# on a GPU, where there is one: what the CPU computes
+
+def on_gpu(batch):
+    return {key: value.cuda() for key, value in batch.items()}
+
+
+def test_gpu_loss_and_gradients(gpu):
+    """float32; batches of either side, with and without activation checkpointing."""
+    model = tiny_model()
+    batch = make_batch(model.config, TILES, THOUGHTS)
+    exact = model(**batch).loss
+    wanted = gradients(model, exact)
+    model.cuda()
+    for inputs in (batch, on_gpu(batch)):
+        for checkpointing in (False, True):
+            model.set_activation_checkpointing(checkpointing)
+            loss = model(**inputs).loss
+            assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
+            found = {name: grad.cpu() for name, grad in gradients(model, loss).items()}
+            assert_same_gradients(found, wanted)
+
+
+def test_gpu_bfloat16(gpu):
+    """Near the CPU's float32, with the gradient of thought 1."""
+    model = tiny_model()
+    batch, seen = make_batch(model.config, [1] * 4, [(4,)] * 4), {}
+
+    def keep(k, thought):
+        return seen.setdefault(k, thought)
+
+    exact = model(**batch, edit_thought=keep).loss
+    wanted = torch.autograd.grad(exact, seen.pop(1))[0]
+    seen.clear()
+    model.cuda()
+    with torch.autocast('cuda', torch.bfloat16):
+        rough = model(**batch, edit_thought=keep).loss
+    found = torch.autograd.grad(rough, seen[1])[0].float().cpu()
+    assert exact.item() != rough.item() == pytest.approx(exact.item(), rel=0.02)
+    assert F.cosine_similarity(found.flatten(), wanted.flatten(), dim=0) > 0.97
+
+
+def test_gpu_forward_never_waits(gpu):
+    """torch raises at each wait for the device, of which `lay_out` says there is none."""
+    model = tiny_model().cuda()
+    batch = make_batch(model.config, TILES, THOUGHTS)
+    model(**batch).loss.backward()  # the libraries' own set-up may wait
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        with torch.autocast('cuda', torch.bfloat16):
+            loss = model(**batch).loss
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+    assert loss.isfinite()
+
+
+@pytest.mark.parametrize('boost', (None, LATENT, EOS))
+def test_gpu_generation(gpu, boost):
+    """The CPU's ids, also when rows end or think in between; and compiled into CUDA graphs."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.language_model.lm_head.weight[IMG] = 0
+        if boost is not None:
+            model.language_model.lm_head.weight[boost] *= 3
+    batch = without_labels(make_batch(model.config, TILES, THOUGHTS))
+    wanted = model.generate(**batch, max_new_tokens=24)
+    model.cuda()
+    assert torch.equal(model.generate(**batch, max_new_tokens=24).cpu(), wanted)
+    model.step = torch.compile(model.step, mode='reduce-overhead', fullgraph=True, dynamic=False)
+    for _ in range(3):  # run, recorded, replayed
+        assert torch.equal(model.generate(**batch, max_new_tokens=24).cpu(), wanted)

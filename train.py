@@ -10,8 +10,8 @@ the first k behind thoughts.
 
 Leaves in out_dir: last.pt (to resume from), epoch_{k}.pt and best.pt (weights; best validation
 accuracy within the furthest stage), run.json (how it was started), metrics.jsonl,
-metrics_epoch_{k}.json, curves.png, answers_{split}.json, predictions_{split}.json. `python -m
-experiments.probe` examines what the thoughts do.
+metrics_epoch_{k}.json, curves.png, answers_{split}.json, predictions_{split}.json. There is no lock:
+do not start two runs in one out_dir. `python -m experiments.probe` examines what the thoughts do.
 
 To change X, edit here: what a stage hides, prepare.py's `build_text`; the schedule, "schedule"
 below, where stage numbers have to rise (best.pt goes by them, and the optimizer starts anew where
@@ -94,7 +94,7 @@ vision_num_layers = 24
 vision_num_heads = 16
 # optimization
 batch_size = 32                 # rows an optimizer step, over all micro-batches and ranks
-micro_batch_size = 0            # rows a forward pass; 0 for all that a rank has
+micro_batch_size = 0            # rows a forward pass, at most; 0 for all that a rank has
 learning_rate = 5e-5            # peak, after stage 0
 learning_rate_stage0 = 0.0      # peak in stage 0; 0 for the same
 min_lr_ratio = 0.05             # where the cosine ends
@@ -254,7 +254,7 @@ if __name__ == '__main__':  # data workers import this file again where processe
                              f'{torch.cuda.device_count()}: lower --nproc_per_node')
         torch.cuda.set_device(local_rank)
     loading = dict(num_workers=num_workers, pin_memory=device == 'cuda')
-    micro = micro_batch_size or batch_size // world
+    micro = min(micro_batch_size or batch_size, batch_size // world)
     if micro < 1 or batch_size % (micro * world):
         raise ValueError(f'batch_size={batch_size} is not a multiple of {micro * world}: {world} '
                          f'rank(s) with micro-batches of {micro}; change one of them')

@@ -4,12 +4,15 @@ batch.
 
     python -m experiments.bench                           small towers, real vocabulary and tiles
     python -m experiments.bench --size=1b --device=cuda   InternVL3-1B's shapes on one GPU
-    python -m experiments.bench --size=1b --device=cpu    peak memory of training it, simulated
+    python -m experiments.bench --size=1b --device=cpu    an answer in bfloat16, and the peak memory
+                                                          of training it, simulated
+    python -m experiments.bench --size=smollm2            a wide text decoder on short rows
 
 Beside ours stand the paths of reference.py: in training (a) the floor and (b) Coconut's published
 loop, in generation (c) transformers' generate without thoughts and (d) Coconut's published
 generation. Seconds are CPU seconds of all threads, or those of CUDA events; medians of interleaved
-repeats. Memory is the peak above the weights.
+repeats. Memory is the peak above the weights. FLOPs are those of plain products, whatever kernel
+computes them: torch's own counter does not know each, nor each one's grouped queries.
 
 Tried, on the CPU, after a look at the profile. Kept:
     query heads of one key head as queries    0.3 ms; enable_gqa 0.6, repeated keys 3.5
@@ -31,7 +34,6 @@ import time
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed._tools.mem_tracker import MemTracker
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
@@ -44,7 +46,7 @@ from experiments.reference import (embed, floor_loss, models, plain_generate, pu
                                    published_loss)
 
 # --- knobs ----------------------------------------------------------------------------------------
-size = 'small'  # 'small' or '1b'
+size = 'small'  # 'small', '1b' or 'smollm2'
 device = 'auto'  # 'auto', 'cpu', 'cuda'
 repeats = 3
 json = False  # print one JSON object as well, last
@@ -54,7 +56,11 @@ NO_END = dict(eos_token_ids=(-1, ))  # every row writes all its tokens
 CONFIGS = {
     '1b': Config(**NO_END),
     'small': Config(num_hidden_layers=2, vision_num_layers=2, vision_hidden_size=384,
-                    vision_num_heads=6, vision_intermediate_size=1536, **NO_END)
+                    vision_num_heads=6, vision_intermediate_size=1536, **NO_END),
+    'smollm2': Config(vocab_size=49158, hidden_size=576, intermediate_size=1536,
+                      num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+                      attention_bias=False, tie_word_embeddings=True, vision_num_layers=0,
+                      image_token_id=49154, latent_token_id=49156, pad_token_id=0, **NO_END)
 }
 QUESTION, THOUGHTS, ANSWER = (40, 8, 24
                               )  # text tokens of a row's prompt, its thoughts, supervised tokens
@@ -67,18 +73,37 @@ def make_batch(c, B, thoughts, tiles=(1, 2), supervised=True):
     g, made = torch.Generator().manual_seed(seed), []
     for b in range(B):
         P, side = tiles[b % len(tiles)], c.image_size
-        text = torch.randint(100, 100000, (QUESTION + ANSWER + b%5, ), generator=g).tolist()
+        text = torch.randint(100, 40000, (QUESTION + ANSWER + b%5, ), generator=g).tolist()
         visual, latent = [c.image_token_id] * P * c.num_image_tokens, [c.latent_token_id] * thoughts
         ids = text[:10] + visual + text[10:-ANSWER] + latent
         labels = [-100] * len(ids) + text[-ANSWER:]
         pixels = torch.randint(0, 256, (P, 3, side, side), generator=g, dtype=torch.uint8)
         made.append(
             dict(input_ids=ids + text[-ANSWER:] if supervised else ids,
-                 labels=labels if supervised else None, pixel_values=pixels))
-    return {k: v.to(device) for k, v in collate(made).items()}
+                 labels=labels if supervised else None, pixel_values=pixels if P else None))
+    return {k: v.to(device) for k, v in collate(made).items() if v is not None}
 
 
 # --- measuring ------------------------------------------------------------------------------------
+
+
+def products_of_attention(query, key, *_, **__):
+    """Queries by keys, and their weights by values; of shapes [B, H, L, D]."""
+    B, H, L, D = query
+    return 4 * B * H * L * key[2] * D
+
+
+def products_of_its_gradients(grad, query, key, *_, **__):
+    return 2 * products_of_attention(query, key)
+
+
+KERNELS = ('_flash_attention', '_flash_attention_for_cpu', '_efficient_attention',
+           '_cudnn_attention')
+FORMULAS = {}
+for kernel in KERNELS:
+    forward = getattr(torch.ops.aten, f'_scaled_dot_product{kernel}')
+    backward = getattr(torch.ops.aten, f'_scaled_dot_product{kernel}_backward')
+    FORMULAS.update({forward: products_of_attention, backward: products_of_its_gradients})
 
 
 def seconds(work):
@@ -115,9 +140,7 @@ def cost(work):
     before = torch.cuda.memory_allocated() if device == 'cuda' else status('VmRSS')
     work()
     peak = torch.cuda.max_memory_allocated() if device == 'cuda' else status('VmHWM')
-    # attention by plain products: of the fused kernels torch's counter does not know each (2.14:
-    # the CPU's)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
         work()
     return dict(peak=peak - before, flops=counter.get_total_flops())
 
@@ -199,6 +222,41 @@ def products():
             linear(inputs[linear.in_features])
 
 
+def wide_and_short():
+    """Where a thought's seconds go on short rows: a step, and one without weight gradients."""
+    ours, out = MultiCoCo(config).to(device), {}
+    matrices = [p for p in ours.language_model.model.layers.parameters() if p.dim() == 2]
+    made = {n: make_batch(config, 8, n, (0, )) for n in (0, 2, 4, 8, 16)}
+    works = {n: step_of(ours, lambda n=n: ours(**made[n]).loss) for n in made}
+    for name, trained in (('all trained', True), ('matrices frozen', False)):
+        for p in matrices:
+            p.requires_grad_(trained)
+        interleaved(works, 1)  # warms up
+        out[name] = interleaved(works, repeats)
+        print(f'8 rows of {QUESTION + ANSWER} to {QUESTION + ANSWER + 4} tokens, a step by '
+              f'thoughts, {name}: ' + ', '.join(f'{n}: {t:.2f} s' for n, t in out[name].items()),
+              flush=True)
+    return out
+
+
+@torch.no_grad()
+def answer_in_bfloat16():
+    """One row and 16 new tokens, without thoughts, which transformers does not have, and with
+    them."""
+    ours, theirs = (m.bfloat16() for m in models(config, seed))
+    plain, ask = (make_batch(config, 1, n, tiles, supervised=False) for n in (0, THOUGHTS))
+    works = {
+        'transformers': lambda: plain_generate(theirs, plain, 16),
+        'ours': lambda: ours.generate(**plain, max_new_tokens=16),
+        f'ours, {THOUGHTS} thoughts': lambda: ours.generate(**ask, max_new_tokens=16)
+    }
+    interleaved(works, 1)  # warms up
+    took = interleaved(works, repeats)
+    print(f'an answer of 16 tokens, {tiles[0]} tiles, bfloat16: ' +
+          ', '.join(f'{name} {t:.1f} s' for name, t in took.items()), flush=True)
+    return took
+
+
 @torch.no_grad()
 def generation():
     ask = lambda B, n: make_batch(config, B, n, tiles, supervised=False)
@@ -240,28 +298,80 @@ def on_gpu(trained):
                       for part in (lm.model.layers, lm.lm_head)
                       for p in part.parameters())
     for B in (1, 32):
-        batch = make_batch(config, B, THOUGHTS, tiles, supervised=False)
+        without, batch, more = (make_batch(config, B, n, tiles, supervised=False)
+                                for n in (0, THOUGHTS, 32))
+        took = interleaved({
+            n: lambda made=made: model.generate(**made, max_new_tokens=1)
+            for n, made in ((0, without), (32, more))
+        }, 5)
+        out[f'thought {B}'] = (took[32] - took[0]) / 32
+        print(f'a thought in generation, {B} rows, eager: {1e3 * out[f"thought {B}"]:.2f} ms')
         kv = (2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
               )  # numbers a token
         read = weights + 2 * kv * batch['input_ids'].numel()
-        compiled = torch.compile(model.step, mode='reduce-overhead', dynamic=False)
-        for name, step in (('eager', None), ('compiled', compiled)):
-            if step is not None:
-                model.step = step
-            ask = lambda n: seconds(lambda: model.generate(**batch, max_new_tokens=n))
-            took = {n: min(ask(n) for _ in range(4)) for n in (1, 129)}
-            model.__dict__.pop('step', None)
-            each = (took[129] - took[1]) / 128
-            out[f'{name} {B}'] = dict(tokens_per_s=B / each, of_bandwidth=read / each / bandwidth)
-            print(f'decoding, {B} rows, {name}: {B / each:.0f} tokens/s, '
-                  f'{read / each / bandwidth:.1%} of the bandwidth floor')
+        for name in ('eager', 'compiled'):
+            step, ends = model.step, []
+            if name == 'compiled':
+                step = torch.compile(step, mode='reduce-overhead', dynamic=False)
+
+            def timed(*args):
+                last = step(*args)
+                ends.append(torch.cuda.Event(enable_timing=True))
+                ends[-1].record()
+                return last
+
+            model.step = timed
+            for _ in range(4):  # the first ones compile and record
+                ends.clear()
+                answer = seconds(lambda: model.generate(**batch, max_new_tokens=129))
+            del model.step
+            # the recording of a CUDA graph is in the first gaps
+            each = statistics.median(a.elapsed_time(b) for a, b in zip(ends, ends[1:])) / 1e3
+            out[f'{name} {B}'] = dict(step=each, answer=answer, of_bandwidth=read/each/bandwidth)
+            print(f'decoding, {B} rows, {name}: {1e3 * each:.2f} ms a token, {B / each:.0f} '
+                  f'tokens/s, {read / each / bandwidth:.1%} of the bandwidth floor; 129 tokens '
+                  f'in {answer:.2f} s', flush=True)
+    return out
+
+
+def recipe():
+    """A training step of the model on this GPU, random weights and InternVL3-1B's recipe; what
+    simulated_memory foretells."""
+    batch, out = make_batch(config, 8, THOUGHTS, tiles), {}
+    for frozen in (True, False):
+        with torch.device(device):
+            ours = MultiCoCo(config)
+        ours.set_activation_checkpointing()
+        ours.vision_model.requires_grad_(not frozen)
+        optimizer = torch.optim.AdamW([p for p in ours.parameters() if p.requires_grad],
+                                      fused=True)
+
+        def work():
+            with autocast:
+                loss = ours(**batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        work()
+        torch.cuda.reset_peak_memory_stats()
+        took = statistics.median(seconds(work) for _ in range(5))
+        peak, held = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        name = 'vision frozen' if frozen else 'vision trained'
+        out[name] = dict(seconds=took, peak=peak, reserved=held)
+        tokens = int(batch['attention_mask'].sum())
+        print(f'{name}, 8 rows, activation checkpointing: {took:.3f} s, {tokens / took:.0f} '
+              f'tokens/s, peak {peak / 2**30:.2f} GiB, {held / 2**30:.2f} held by torch',
+              flush=True)
+        del ours, optimizer
+    torch.cuda.empty_cache()
     return out
 
 
 def simulated_memory():
     """Peak memory of a 1B training step by category, on fake tensors: 8 rows of 7 tiles, stage 4,
     bf16 autocast, AdamW, activation checkpointing."""
-    batch, peaks, lay_out = make_batch(config, 8, 8, tiles), {}, model.lay_out
+    batch, peaks, lay_out = make_batch(config, 8, THOUGHTS, tiles), {}, model.lay_out
     for frozen in (True, False):
         with torch.device('meta'):
             ours = MultiCoCo(config)
@@ -314,19 +424,22 @@ if __name__ == '__main__':
     if size not in CONFIGS:
         raise ValueError(f'size={size!r}: expected {" or ".join(CONFIGS)}')
     device, config = pick_device(device), CONFIGS[size]
-    batch_size, tiles = (4, (1, 2)) if size == 'small' else (8, (7, ))
+    batch_size, tiles = 4, (1, 2) if size == 'small' else (7, )
     autocast = torch.autocast(device, torch.bfloat16, enabled=device == 'cuda')
-    if size == '1b' and device == 'cpu':
-        print('no GPU: the peak memory of a training step, simulated')
-        out = dict(simulated_memory=simulated_memory())
+    if size == 'smollm2':
+        out = dict(wide_and_short=wide_and_short())
+    elif size == '1b' and device == 'cpu':
+        print('no GPU: an answer, and the peak memory of a training step, simulated')
+        out = dict(answer=answer_in_bfloat16(), simulated_memory=simulated_memory())
     else:
         print(
             'transformers\' model and ours are made and warmed up; about 20 minutes in all on one '
             'core', flush=True)
+        out = dict(recipe=recipe()) if size == '1b' else {}
         ours, theirs = (m.to(device) for m in models(config, seed))
         for tower in (ours.vision_model, theirs.model.vision_tower) if size == '1b' else ():
             tower.requires_grad_(False)  # as config/aokvqa.py has it
-        out = dict(training=training(), thoughts=thoughts(), generation=generation())
+        out.update(training=training(), thoughts=thoughts(), generation=generation())
         if device == 'cuda':
             out['gpu'] = on_gpu(out['training'])
     if json:

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ import train
 from experiments import bench, probe, reference, shortcuts, toy
 from model import Config, SPECIAL_TOKENS
 from model import lay_out, load_checkpoint, load_tokenizer
-from test_model import loaded  # noqa: F401, a fixture
+from test_model import gpu, loaded  # noqa: F401, fixtures
 from test_model import HERE, RAW, build_row, make_batch, one_row, parquet, relative, save_text
 from test_model import save_tiny, script, start, tiny_model, without_labels
 
@@ -223,6 +224,21 @@ def test_a_generated_token_costs_the_flops_of_one_token(pair):
         prompt = bench.cost(lambda: theirs.model.language_model(
             inputs_embeds=reference.embed(theirs, batch), use_cache=False))['flops']
     assert one == pytest.approx(prompt + 2 * B * lm.lm_head.weight.numel(), rel=0.02)
+
+
+def test_the_other_sizes_are_measured(monkeypatch, capsys):
+    monkeypatch.setattr(bench, 'repeats', 1)
+    monkeypatch.setattr(bench, 'tiles', (2,), raising=False)
+    monkeypatch.setattr(bench, 'config', TINY, raising=False)
+    assert bench.answer_in_bfloat16().keys() == {'transformers', 'ours', 'ours, 8 thoughts'}
+    text = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=2, head_dim=8)
+    monkeypatch.setattr(bench, 'config', replace(bench.CONFIGS['smollm2'], **text))
+    took = bench.wide_and_short()
+    assert all(t.keys() == {0, 2, 4, 8, 16} for t in took.values())
+    said = capsys.readouterr().out
+    assert 'an answer of 16 tokens, 2 tiles, bfloat16: transformers' in said
+    assert '8 rows of 64 to 68 tokens, a step by thoughts, matrices frozen' in said
 
 
 # --------------------------------------------------------------------------------------------------
@@ -537,6 +553,8 @@ def test_micro_batches_and_stopping_inside_an_epoch(run):
     top, _ = run
     args = [*TOY, f'--data_dir={top}/data']
     script('train.py', *args, f'--out_dir={top}/micro', '--micro_batch_size=4')
+    assert '1 rank(s), 1 micro-batch(es) of 16' in script(
+        'train.py', *args, f'--out_dir={top}/m', '--micro_batch_size=64', '--dry_run=True')
     losses = lambda name: [e['loss'] for e in events(top / name, 'train')]
     assert losses('micro') == pytest.approx(losses('out'), rel=1e-3)
     assert len(losses('out')) == 6
@@ -1137,9 +1155,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path):
 def test_ranks_must_divide_the_batch(run, tmp_path, monkeypatch):
     top, _ = run
     monkeypatch.setenv('WORLD_SIZE', '3')
-    said = script('train.py', *TOY, f'--data_dir={top}/data', f'--out_dir={tmp_path}/out',
-                  fails=True)
-    assert 'batch_size=16 is not a multiple of 15: 3 rank(s) with micro-batches of 5' in said
+    for micro in (0, 16):  # a micro-batch is never more than a rank's share
+        said = script('train.py', *TOY, f'--data_dir={top}/data', f'--out_dir={tmp_path}/out',
+                      f'--micro_batch_size={micro}', fails=True)
+        assert 'batch_size=16 is not a multiple of 15: 3 rank(s) with micro-batches of 5' in said
 
 
 def test_coconuts_own_files_train_as_they_are(tmp_path):
@@ -1654,3 +1673,43 @@ def test_of_pause_tokens_the_places_are_read_and_what_they_are_fed_is_exchanged(
     assert found['zero']['tokens_per_answer'] != found['clean']['tokens_per_answer']
     for thought in json.loads((tmp_path / 'thoughts_test.json').read_text()):
         assert thought['cosine_rows'] < 0.999
+
+
+# --------------------------------------------------------------------------------------------------
+# on a GPU, where there is one
+
+def test_gpu_run(gpu, run, tmp_path):  # noqa: F811
+    """In float32 the losses and answers of the CPU's run, also stopped and resumed, with the
+    teaching loss and micro-batches; then bfloat16, the default there."""
+    top, _ = run
+    args = [*TOY, f'--data_dir={top}/data', '--teach_thoughts=0.5', '--micro_batch_size=8']
+    script('train.py', *args, '--device=cpu', f'--out_dir={tmp_path}/cpu')
+    args += ['--device=cuda', '--num_workers=1']
+    exact = [*args, '--dtype=float32']
+    said = script('train.py', *exact, f'--out_dir={tmp_path}/gpu')
+    assert f'float32 on {torch.cuda.get_device_name()}' in said
+    script('train.py', *exact, f'--out_dir={tmp_path}/stopped', '--max_steps=4')
+    script('train.py', *exact, f'--out_dir={tmp_path}/stopped', '--init_from=resume')
+    for name in ('gpu', 'stopped'):
+        for kind, keys in (('train', ('step', 'loss', 'lr', 'grad_norm')),
+                           ('eval', ('loss', 'tokens_per_answer', 'thoughts_per_answer'))):
+            wanted = [[e[k] for k in keys] for e in events(tmp_path / 'cpu', kind)]
+            found = [[e[k] for k in keys] for e in events(tmp_path / name, kind)]
+            assert np.allclose(found, wanted, rtol=1e-3), (name, kind)
+    said = script('train.py', *args, f'--out_dir={tmp_path}/rough')
+    assert f'bfloat16 on {torch.cuda.get_device_name()}' in said
+    rough, exact = (events(tmp_path / name, 'train')[-1] for name in ('rough', 'gpu'))
+    assert rough['loss'] == pytest.approx(exact['loss'], rel=0.05)
+    ask = ['sample.py', '--ckpt', tmp_path / 'gpu' / 'best.pt', '--dtype=float32', '--image',
+           top / 'data' / 'images' / 'test', '--question=Four doors from brown?',
+           '--choices=yellow|white|black|blue', '--show_thoughts=1']
+
+    def answers(*more):
+        said = script(*ask, *more)
+        assert said.count('  thought 2: ') == 17
+        return re.findall('.* tokens written|-> .*', said)
+
+    wanted = answers('--device=cpu')
+    assert len(wanted) == 34
+    assert answers('--device=cuda') == wanted
+    assert answers('--device=cuda', '--compile=True') == wanted
