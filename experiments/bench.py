@@ -364,7 +364,7 @@ def recipe():
               f'tokens/s, peak {peak / 2**30:.2f} GiB, {held / 2**30:.2f} held by torch',
               flush=True)
         del ours, optimizer
-    torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
     return out
 
 
