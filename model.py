@@ -704,8 +704,8 @@ def fetch(name_or_path):
     if os.path.isdir(name_or_path):
         return name_or_path
     if os.path.exists(name_or_path) or not re.fullmatch(r'[\w.-]+/[\w.-]+', name_or_path):
-        raise FileNotFoundError(f'{name_or_path} is neither a folder nor a hub id like '
-                                'OpenGVLab/InternVL3-1B-Pretrained')
+        raise FileNotFoundError(f'{name_or_path} is neither a folder nor a .pt file nor a hub id '
+                                'like OpenGVLab/InternVL3-1B-Pretrained')
     wanted = dict(allow_patterns=['*.json', '*.safetensors', '*.txt', '*.jinja'])
     try:
         folder = snapshot_download(name_or_path, local_files_only=True, **wanted)
@@ -742,6 +742,8 @@ def weight_files(folder):
     if 'config.json' not in files and 'adapter_config.json' in files:
         raise FileNotFoundError(f'{folder} holds a LoRA adapter alone (adapter_config.json): merge '
                                 'it into its base model and give the folder of the result')
+    if 'best.pt' in files:
+        raise FileNotFoundError(f'{folder} is the folder of a run: give {folder}/best.pt')
     if 'config.json' not in files:
         raise FileNotFoundError(f'{folder} holds no config.json: give the folder of a whole '
                                 'checkpoint')

@@ -786,7 +786,10 @@ def load_tiles(row, folder, split, size=448, max_tiles=8, cache=True):
         return None
     path = tiles_path(row, folder, split, size, max_tiles)
     if cache and os.path.isfile(path):
-        return torch.from_numpy(np.load(path))
+        try:
+            return torch.from_numpy(np.load(path))
+        except (ValueError, EOFError):
+            print(f'{path} is damaged and made anew')
     tiles = tile_image(load_image(os.path.join(folder, row['image'])), size, 1, max_tiles)
     if cache:
         with replacing(path) as part, open(part, 'wb') as f:
@@ -1279,6 +1282,8 @@ def read_arrow(dataset, files, data_dir):
     try:
         if files:
             cache = os.path.join(data_dir, 'cache', 'arrow')
+            # datasets reads a path as a pattern
+            files = {split: [glob.escape(path) for path in paths] for split, paths in files.items()}
             found = {split: datasets.load_dataset('parquet', data_files={split: paths}, split=split,
                                                   cache_dir=cache)
                      for split, paths in files.items()}

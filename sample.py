@@ -291,6 +291,9 @@ if __name__ == '__main__':
         if key in knobs:
             text_knobs[key] = knobs[key]
     text_knobs['template'] = frame_of(text_knobs['template'], tokenizer)
+    if num_thoughts > 0 and text_knobs['mode'] not in ('coconut', 'pause'):
+        raise ValueError(f'--num_thoughts={num_thoughts}, but {ckpt} was trained with mode='
+                         f'{text_knobs["mode"]}, which has no thoughts')
     if num_thoughts >= 0:
         text_knobs.update(c_thought=1, max_latent_stage=num_thoughts)
         stage = num_thoughts

@@ -736,7 +736,7 @@ def test_incomplete_checkpoints(tmp_path, monkeypatch):
     os.rename(tmp_path / 'b' / 'model.safetensors', tmp_path / 'b' / 'pytorch_model.bin')
     os.remove(sorted((tmp_path / 'c').glob('*.safetensors'))[1])
     for name, message in (('a', 'no config.json'), ('b', 'only safetensors'),
-                          ('c', 'lacks model-00002'), ('d', 'neither a folder nor a hub id')):
+                          ('c', 'lacks model-00002'), ('d', 'neither a folder nor a .pt')):
         with pytest.raises(OSError, match=message):
             MultiCoCo.from_pretrained(str(tmp_path / name))
     damaged = tmp_path / 'b' / 'model.safetensors'
@@ -1787,8 +1787,9 @@ def test_a_turned_photograph_is_measured_as_it_is_shown(tmp_path):
 
 
 @pytest.mark.parametrize('orientation, size, corner',
-                         ((1, (40, 20), (0, 0)), (3, (40, 20), (39, 19)), (6, (20, 40), (19, 0)),
-                          (8, (20, 40), (0, 39))))
+                         ((1, (40, 20), (0, 0)), (2, (40, 20), (39, 0)), (3, (40, 20), (39, 19)),
+                          (4, (40, 20), (0, 19)), (5, (20, 40), (0, 0)), (6, (20, 40), (19, 0)),
+                          (7, (20, 40), (19, 39)), (8, (20, 40), (0, 39))))
 @pytest.mark.parametrize('kind', ('TIFF', 'PNG'))
 def test_a_picture_is_turned_once(orientation, size, corner, kind):
     """Pillow turns TIFFs itself."""
@@ -1823,6 +1824,8 @@ def test_one_bad_picture_drops_one_row(tmp_path):
         said = prepared(tmp_path / f'out{cached}', dataset, f'--cache_tiles={cached}')
         assert 'dropped 3 rows with an unreadable image' in said
         assert 'train: 1 rows of 4' in said
+        images = os.listdir(tmp_path / f'out{cached}' / 'images' / 'train')
+        assert len(images) == 1  # nothing stays of what cannot be read
 
 
 def test_files_of_a_folder_of_images(tmp_path, capsys):
@@ -2258,6 +2261,237 @@ def test_a_data_dir_that_cannot_be_a_folder(tmp_path):
     said = script('prepare.py', f'--dataset={tmp_path}/mine.jsonl', f'--data_dir={tmp_path}/file',
                   '--init_from=scratch', fails=True)
     assert 'cannot be a folder' in said
+
+
+# --------------------------------------------------------------------------------------------------
+# what a reviewer broke without any test noticing
+
+def test_pickled_code_is_not_run(tmp_path):
+    class Harmful:
+        def __reduce__(self):
+            return open, (str(tmp_path / 'RAN'), 'w')
+
+    torch.save(dict(model={}, config={}, tokenizer='', knobs={}, more=Harmful()), tmp_path / 'a.pt')
+    with pytest.raises(ValueError, match='not a whole checkpoint'):
+        load_checkpoint(str(tmp_path / 'a.pt'))
+    assert not (tmp_path / 'RAN').exists()
+
+
+def test_activation_checkpointing_keeps_less():
+    """In the decoder and in the vision tower, whose blocks run twice."""
+    model, calls, kept = tiny_model(), [], {}
+    batch = make_batch(model.config, TILES, THOUGHTS)
+    model.vision_model.blocks[0].register_forward_pre_hook(lambda *inputs: calls.append(1))
+    for on in (False, True):
+        model.set_activation_checkpointing(on)
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda x: sizes.append(x.numel()) or x, lambda x: x):
+            loss = model(**batch).loss
+        kept[on] = sum(sizes)
+        loss.backward()
+    assert kept[True] < kept[False] / 2
+    assert len(calls) == 3
+
+
+def test_the_hub_is_asked_for_what_the_cache_lacks(tmp_path, monkeypatch):
+    save_tiny(tmp_path / 'whole')
+    save_tiny(tmp_path / 'half')
+    os.remove(tmp_path / 'half' / 'model.safetensors')
+    asked = []
+
+    def download(name, local_files_only=False, **more):
+        asked.append((name, local_files_only))
+        return str(tmp_path / ('half' if local_files_only and name == 'a/half' else 'whole'))
+
+    monkeypatch.setattr('model.snapshot_download', download)
+    MultiCoCo.from_pretrained('a/whole')
+    assert set(asked) == {('a/whole', True)}
+    asked.clear()
+    MultiCoCo.from_pretrained('a/half')
+    assert ('a/half', False) in asked
+
+
+def test_a_checkpoint_is_read_into_a_model_without_weights(tmp_path, monkeypatch):
+    """Else memory would peak at twice its size."""
+    save_tiny(tmp_path)
+    places, init_weights = [], MultiCoCo.init_weights
+
+    def seen(model):
+        places.extend(p.device.type for p in model.parameters())
+        init_weights(model)
+
+    monkeypatch.setattr(MultiCoCo, 'init_weights', seen)
+    model = MultiCoCo.from_pretrained(str(tmp_path))
+    assert set(places) == {'meta'}
+    assert {p.device.type for p in model.parameters()} == {'cpu'}
+
+
+def test_a_compiled_step_keeps_all_rows():
+    """Its buffers are fixed: rows that ended do not leave the batch."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.language_model.lm_head.weight[IMG] = 0
+        model.language_model.lm_head.weight[EOS] *= 2.5
+    batch = without_labels(make_batch(model.config, TILES * 2, THOUGHTS * 2, seed=1))
+    step, sizes = model.step, []
+    model.step = lambda x, *more: sizes.append(len(x)) or step(x, *more)
+    kept = model.generate(**batch, max_new_tokens=40)
+    del model.step
+    assert set(sizes) == {8}
+    assert torch.equal(model.generate(**batch, max_new_tokens=40), kept)
+
+
+def test_the_longest_row_and_the_coldest_temperature():
+    tiny_model(max_position_embeddings=4)(torch.tensor([[5, 6, 7, 8]]))
+    assert sample(torch.tensor([[0.0, 3.0, 1.0]]), 1e-40, 1.0).tolist() == [1]
+    with pytest.raises(ValueError, match='expected temperature'):
+        tiny_model().generate(torch.tensor([[5]]), temperature=float('inf'))
+
+
+def test_an_export_has_all_end_tokens_and_the_turns(tmp_path):
+    tokenizer = text_tokenizer(template='[{{ messages[0].content }}]')
+    save_text(tmp_path / 'in', 'qwen2', tokenizer=tokenizer)
+    (tmp_path / 'in' / 'generation_config.json').write_text('{"eos_token_id": [256, 9]}')
+    model, ours, _ = load_checkpoint(str(tmp_path / 'in'))
+    model.save_pretrained(str(tmp_path / 'out'), ours)
+    with open(tmp_path / 'out' / 'generation_config.json') as f:
+        assert json.load(f)['eos_token_id'] == [256, 9]
+    assert load_tokenizer(str(tmp_path / 'out')).chat_template == tokenizer.chat_template
+
+
+@pytest.mark.parametrize('message, changes', (
+    ('use_backbone_lora', dict(use_backbone_lora=16)),
+    ('select_layer', dict(select_layer=-2)),
+    ('not square', dict(vision_config__image_size=[56, 112]))))
+def test_further_config_values_are_refused(tmp_path, message, changes):
+    save_tiny(tmp_path)
+    assert_config_is_refused(tmp_path, message, changes)
+
+
+@pytest.mark.parametrize('kind', ('jsonl', 'parquet'))
+def test_held_out_rows_are_the_last_and_are_not_trained(tmp_path, kind):
+    dataset = tmp_path / 'in'
+    if kind == 'jsonl':
+        dataset = own_rows(tmp_path / 'in', 'mine.jsonl', 40)
+    else:
+        image = dict(bytes=in_memory(Image.new('RGB', (40, 30))), path=None)
+        parquet(dataset, 'train', [dict(RAW, question=f'What is {i}?', question_id=str(i),
+                                        image=image) for i in range(40)])
+    prepared(tmp_path / 'out', dataset)
+    asked = {split: [row['question'] for row in prepare.read_split(str(tmp_path / 'out'), split)]
+             for split in ('train', 'validation')}
+    assert asked['validation'] == ['What is 38?', 'What is 39?']
+    assert asked['train'] == [f'What is {i}?' for i in range(38)]
+
+
+def test_a_changed_picture_is_cut_anew_and_a_damaged_tile_too(tmp_path, capsys, monkeypatch):
+    """A cut cache file once counted as an unreadable picture, and the row was lost."""
+    dataset = own_rows(tmp_path / 'in', 'mine_train.jsonl', 2)
+    own_rows(tmp_path / 'in', 'mine_val.jsonl', 2)
+    prepared(tmp_path / 'out', dataset)
+    Image.new('RGB', (40, 30), 'white').save(tmp_path / 'in' / '0.png')
+    prepared(tmp_path / 'out', dataset)
+    row = prepare.read_split(str(tmp_path / 'out'), 'train')[0]
+    kept = tmp_path / 'out' / row['image']
+    assert kept.read_bytes() == (tmp_path / 'in' / '0.png').read_bytes()
+    path = prepare.tiles_path(row, str(tmp_path / 'out'), 'train', 28, 4)
+    white = prepare.load_tiles(row, str(tmp_path / 'out'), 'train', 28, 4)
+    assert white.min() == 255
+    for size in (0, 140):
+        os.truncate(path, size)
+        again = prepare.load_tiles(row, str(tmp_path / 'out'), 'train', 28, 4)
+        assert torch.equal(again, white)
+        assert f'{path} is damaged and made anew' in capsys.readouterr().out
+        assert np.load(path).shape == white.shape
+    # cut otherwise or by other code, the tiles are other files
+    assert prepare.tiles_path(row, str(tmp_path / 'out'), 'train', 56, 4) != path
+    monkeypatch.setattr(prepare, 'TILING_VERSION', prepare.TILING_VERSION + 1)
+    assert prepare.tiles_path(row, str(tmp_path / 'out'), 'train', 28, 4) != path
+
+
+def test_workers_leave_signals_to_the_parent():
+    class Ignoring(torch.utils.data.Dataset):
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, i):
+            ignored = [signal.getsignal(s) == signal.SIG_IGN
+                       for s in (signal.SIGINT, signal.SIGTERM)]
+            return dict(input_ids=list(map(int, ignored)), labels=None, pixel_values=None)
+
+    batch, = prepare.batches(Ignoring(), [[0]], num_workers=1)
+    assert batch['input_ids'].tolist() == [[1, 1]]
+
+
+def test_rows_without_image_or_steps_among_others(tmp_path):
+    text = prepare.build_text(dict(question='?', answer='a', steps=['x']), 0, visual_bridge=True)
+    assert text[2] == 'x\na'  # no bridge where there is nothing to see
+    dataset = own_rows(tmp_path / 'in', 'mine_train.jsonl', 4,
+                       steps=lambda i: ['s'] if i else None)
+    own_rows(tmp_path / 'in', 'mine_val.jsonl', 2, steps=None)
+    said = prepared(tmp_path / 'out', dataset)
+    assert 'dropped 1 rows without steps' in said
+    assert 'train: 3 rows of 4' in said
+    assert 'validation: 2 of 2 rows have no steps' in said
+
+
+def test_parquet_folders_may_have_brackets_in_their_names(tmp_path):
+    image = dict(bytes=in_memory(Image.new('RGB', (40, 30))), path=None)
+    for split in ('train', 'validation'):
+        parquet(tmp_path / 'in[1]', split, [dict(RAW, image=image)])
+    assert 'train: 1 rows of 1' in prepared(tmp_path / 'out', tmp_path / 'in[1]')
+
+
+def test_cut_answers_are_counted():
+    answer = dict(tokens=1, thoughts=0, parsed=True)
+    metrics = sample_script.summarize([dict(answer, ended=True), dict(answer, ended=False)], 1.0)
+    assert metrics['cut'] == 1
+    assert '1 cut off by max_new_tokens' in sample_script.describe(metrics)
+
+
+def test_checkpoints_of_another_kind_are_named(tmp_path):
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'out' / 'best.pt').write_bytes(b'')
+    with pytest.raises(OSError, match='is the folder of a run: give .*out/best.pt'):
+        load_checkpoint(str(tmp_path / 'out'))
+    (tmp_path / 'best.ckpt').write_bytes(b'')
+    with pytest.raises(OSError, match='neither a folder nor a .pt file nor a hub id'):
+        load_checkpoint(str(tmp_path / 'best.ckpt'))
+
+
+def test_models_that_were_not_trained_are_asked_in_their_own_words(tmp_path, monkeypatch):
+    """InternVL's evaluation prompt in chat turns and twelve tiles; a text decoder the question."""
+    save_tiny(tmp_path / 'm')
+    Image.new('RGB', (640, 480)).save(tmp_path / 'a.png')
+    asked, generate = [], MultiCoCo.generate
+    monkeypatch.setattr(MultiCoCo, 'generate', lambda self, **batch: asked.append(
+        batch['input_ids'][0]) or generate(self, **batch))
+    said = script('sample.py', '--ckpt', tmp_path / 'm', '--image', tmp_path / 'a.png',
+                  '--question=Q?', '--choices=x | y', '--max_new_tokens=1')
+    assert '13 tiles' in said
+    assert load_tokenizer(str(tmp_path / 'm')).decode(asked[0]).endswith(
+        "\nQ?\nA. x\nB. y\nAnswer with the option's letter from the given choices directly."
+        '<|im_end|>\n<|im_start|>assistant\n')
+    save_text(tmp_path / 't')
+    script('sample.py', '--ckpt', tmp_path / 't', '--question=Q?', '--max_new_tokens=1')
+    assert load_tokenizer(str(tmp_path / 't')).decode(asked[1]) == 'Q?'
+    script('sample.py', '--ckpt', tmp_path / 'm', '--export', tmp_path / 'e', '--dtype=bfloat16')
+    exported = MultiCoCo.from_pretrained(str(tmp_path / 'e'), 'auto')
+    assert next(exported.parameters()).dtype == torch.bfloat16
+
+
+def test_help_and_terminals_of_few_letters(tmp_path):
+    save_text(tmp_path)
+    done = subprocess.run([sys.executable, 'sample.py', '--help'], cwd=HERE, capture_output=True,
+                          text=True)
+    assert done.returncode == 0
+    assert 'num_thoughts = -1' in done.stdout
+    done = subprocess.run([sys.executable, 'sample.py', '--ckpt', tmp_path, '--question=\xe9?',
+                           '--max_new_tokens=1'], cwd=HERE, capture_output=True, text=True,
+                          env=dict(os.environ, PYTHONIOENCODING='ascii'))
+    assert done.returncode == 0, done.stderr
+    assert '\\xe9?' in done.stdout
 
 
 # --------------------------------------------------------------------------------------------------

@@ -130,6 +130,13 @@ CHANGEABLE = ('data_dir', 'out_dir', 'init_from', 'device', 'threads', 'num_work
               'log_interval', 'wandb', 'wandb_project', 'wandb_run_name')
 
 
+# what a run writes into its folder, and what alone is removed there; REPORTS has probe.py's too
+CHECKPOINTS = ('last.pt', 'best.pt', 'epoch_[0-9]*.pt')
+REPORTS = ('run.json', 'metrics.jsonl', 'metrics_epoch_[0-9]*.json', 'predictions_*.json',
+           'answers_*.json', 'thoughts_*.json', 'thoughts_*.png', 'probe_*.json', 'patch_*.png',
+           'curves.png')
+
+
 class Stage(NamedTuple):
     stage: int
     epochs: int
@@ -175,9 +182,15 @@ def preview(s, row_knobs, text_knobs, rates, uniform_prob):
           f'{text(asked)}')
 
 
+def files_of_runs(out_dir, *patterns):
+    """Paths in out_dir, whatever its name holds, by patterns of their names."""
+    folder = glob.escape(out_dir)
+    return [path for pattern in patterns for path in glob.glob(os.path.join(folder, pattern))]
+
+
 def newest_whole_epoch(out_dir):
     """Names the newest epoch_{k}.pt that can be read, for an error about last.pt; '' if none."""
-    paths = glob.glob(os.path.join(out_dir, 'epoch_*.pt'))
+    paths = files_of_runs(out_dir, 'epoch_*.pt')
     for path in sorted(paths, key=os.path.getmtime, reverse=True):
         try:
             saved = read_checkpoint(path)
@@ -258,9 +271,12 @@ if __name__ == '__main__':  # data workers import this file again where processe
     if micro < 1 or batch_size % (micro * world):
         raise ValueError(f'batch_size={batch_size} is not a multiple of {micro * world}: {world} '
                          f'rank(s) with micro-batches of {micro}; change one of them')
-    if teach_thoughts and mode != 'coconut':
-        raise ValueError(f'teach_thoughts={teach_thoughts:g} with mode={mode!r}: only the thoughts '
-                         "of 'coconut' can be taught")
+    for key in ('beta1', 'beta2'):
+        if knobs[key] >= 1:
+            raise ValueError(f'{key}={knobs[key]:g}: expected less than 1')
+    if teach_thoughts and (mode != 'coconut' or not c_thought):
+        raise ValueError(f'teach_thoughts={teach_thoughts:g} with mode={mode!r}, c_thought='
+                         f"{c_thought}: only the thoughts of 'coconut' can be taught")
     text_knobs = dict(mode=mode, c_thought=c_thought, max_latent_stage=max_latent_stage,
                       prompt=prompt, answer=answer, pad_latent_to_max=pad_latent_to_max,
                       # 'chat' needs the tokenizer: 'plain' holds its place until that is loaded
@@ -273,7 +289,7 @@ if __name__ == '__main__':  # data workers import this file again where processe
     build_text(read_split(data_dir, 'validation')[0], 0, **text_knobs)
     for split in (splits if eval_only else ['train', *splits]):
         check_round_trip(read_split(data_dir, split), answer)
-    held = glob.glob(os.path.join(out_dir, '*.pt'))
+    held = files_of_runs(out_dir, *CHECKPOINTS)
     if held and init_from != 'resume' and not (overwrite or dry_run):
         raise ValueError(f'{out_dir} holds another run ({os.path.basename(held[0])}): go on with '
                          'it by --init_from=resume, choose another --out_dir, or let go of it by '
@@ -304,6 +320,17 @@ if __name__ == '__main__':  # data workers import this file again where processe
     # --- model ------------------------------------------------------------------------------------
     last_path = os.path.join(out_dir, 'last.pt')
     if init_from == 'scratch':
+        if not os.path.isdir(os.path.join(data_dir, 'tokenizer')):
+            raise ValueError(f'{data_dir} holds no tokenizer: run prepare.py with the same config, '
+                             'or with --init_from=scratch')
+        if num_attention_heads % num_key_value_heads or head_dim % 2:
+            raise ValueError(f'num_attention_heads={num_attention_heads}, num_key_value_heads='
+                             f'{num_key_value_heads}, head_dim={head_dim}: expected a multiple of '
+                             'the key heads, and an even head_dim')
+        if image_size % 28 or vision_hidden_size % vision_num_heads:
+            raise ValueError(f'image_size={image_size}, vision_hidden_size={vision_hidden_size}, '
+                             f'vision_num_heads={vision_num_heads}: expected a multiple of 28, two '
+                             'patches, and a width that the heads divide')
         tokenizer, saved = load_tokenizer(os.path.join(data_dir, 'tokenizer')), {}
         shape = {field.name: knobs[field.name] for field in fields(Config) if field.name in knobs}
         config = Config(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id,
@@ -569,13 +596,12 @@ if __name__ == '__main__':  # data workers import this file again where processe
     saved = None  # frees its copy of weights and optimizer
     all_ranks('loaded')  # init_from may be one of the files that are removed here
     if not rank:
-        patterns = ['*.part']  # what a killed process was writing
+        written = [*CHECKPOINTS, *REPORTS]
+        patterns = [f'{name}.*.part' for name in written]  # what a killed process was writing
         if init_from != 'resume':  # with overwrite: the earlier run
-            patterns += ['*.pt', 'metrics_epoch_*', 'predictions_*', 'answers_*', 'thoughts_*',
-                         'probe_*', 'curves.png']
-        for pattern in patterns:
-            for path in glob.glob(os.path.join(out_dir, pattern)):
-                os.remove(path)
+            patterns += written
+        for path in files_of_runs(out_dir, *patterns):
+            os.remove(path)
     write('metrics.jsonl', lines)
     write('run.json', [*starts, provenance])
     if wandb and not rank:

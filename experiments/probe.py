@@ -243,6 +243,19 @@ def patches(rows, step, same=False):
     return torch.tensor(donors), predicted
 
 
+def predict(name, own, asked):
+    """What each row writes if a change does what its name says, one a row, None where nothing is
+    predicted. own: where each row's chain ends; asked: the rows as they are asked."""
+    if name == 'swap':
+        return own[1:] + own[:1]
+    if name == 'transplant':
+        return own
+    if name == 'image':
+        places = [re.findall(r'\w+', row['question'])[-1:] or [''] for row in asked]
+        return [continued(row, 0, place) for row, (place,) in zip(asked, places)]
+    return None
+
+
 def says(found, name):
     """Whether the last line of an answer begins with a name, or ends with it."""
     words = re.findall(r'\w+', found['text'].strip().split('\n')[-1])
@@ -665,16 +678,16 @@ if __name__ == '__main__':
         elif name.startswith('early_'):  # stage k asks for min(k, 1) * c_thought thoughts
             text = dict(c_thought=number_of(name, 'early'), max_latent_stage=1)
         elif name == 'transplant':
-            change, predicted = replace(name, thoughts, torch.arange(len(rows))), own
+            change = replace(name, thoughts, torch.arange(len(rows)))
+            predicted = predict(name, own, asked)
         elif name == 'blind':
             # a hook that records nothing: with one all rows stay in the batch
             change, context = record(thoughts[:, :0]), hidden_image(model)
         elif name == 'image' and len(asked) == len(rows):
-            places = [re.findall(r'\w+', row['question'])[-1:] or [''] for row in asked]
-            predicted = [continued(row, 0, place) for row, (place,) in zip(asked, places)]
+            predicted = predict(name, own, asked)
         elif name != 'image':
             change = replace(name, thoughts)
-            predicted = own[1:] + own[:1] if name == 'swap' else None
+            predicted = predict(name, own, asked)
         if lacking:
             print(f'{split}: {name} left out, these answers have no {lacking}')
             continue

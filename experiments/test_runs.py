@@ -3,6 +3,7 @@ Tests of whole runs and of the experiments: kill, resume, ranks, the commands as
 Run with the others by python -m pytest -q (CPU, no network).
 """
 import contextlib
+import importlib.machinery
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from dataclasses import replace
 
 import numpy as np
@@ -29,7 +31,7 @@ from model import Config, SPECIAL_TOKENS
 from model import lay_out, load_checkpoint, load_tokenizer
 from test_model import gpu, loaded  # noqa: F401, fixtures
 from test_model import HERE, RAW, build_row, make_batch, one_row, parquet, relative, save_text
-from test_model import save_tiny, script, start, tiny_model, without_labels
+from test_model import save_tiny, script, start, text_tokenizer, tiny_model, without_labels
 
 # --------------------------------------------------------------------------------------------------
 # what the thoughts are worth
@@ -1489,7 +1491,7 @@ def test_only_thoughts_that_are_fed_back_are_taught(run, tmp_path):
     top, _ = run
     said = script('train.py', *TOY, f'--data_dir={top}/data', f'--out_dir={tmp_path}/out',
                   '--teach_thoughts=1', '--mode=pause', fails=True)
-    assert "teach_thoughts=1 with mode='pause': only the thoughts of 'coconut'" in said
+    assert "teach_thoughts=1 with mode='pause', c_thought=2: only the thoughts of 'coconut'" in said
 
 
 def test_taught_thoughts_get_a_gradient_of_their_own(run):
@@ -1673,6 +1675,235 @@ def test_of_pause_tokens_the_places_are_read_and_what_they_are_fed_is_exchanged(
     assert found['zero']['tokens_per_answer'] != found['clean']['tokens_per_answer']
     for thought in json.loads((tmp_path / 'thoughts_test.json').read_text()):
         assert thought['cosine_rows'] < 0.999
+
+
+# --------------------------------------------------------------------------------------------------
+# what a reviewer broke without any test noticing
+
+def test_the_best_survives_a_resume_and_is_what_is_reported(run, tmp_path):
+    """Epoch 1 is made the best by hand. A part of an epoch does not compete."""
+    top, _ = run
+    args = [*TOY, f'--data_dir={top}/data', '--epochs_stage0=2', '--epochs_per_stage=0',
+            f'--out_dir={tmp_path}']
+    script('train.py', *args, '--max_steps=4')
+    best = torch.load(tmp_path / 'best.pt', weights_only=True)
+    assert (best['epoch'], best['step']) == (1, 3)
+    last = torch.load(tmp_path / 'last.pt', weights_only=True)
+    last['best'], last['elapsed'] = [0, 1.0, 0.0], 1000.0
+    torch.save(last, tmp_path / 'last.pt')
+    script('train.py', *args, '--init_from=resume')
+    assert torch.load(tmp_path / 'best.pt', weights_only=True)['epoch'] == 1
+    first, second = events(tmp_path, 'eval')
+    for final in events(tmp_path, 'final')[:1]:
+        assert final['loss'] == first['loss'] != second['loss']
+        assert final['step'] == 3
+    lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
+    assert json.loads(lines[-1])['time'] > 1000  # of the whole run
+
+
+def test_epochs_differ_in_order_and_in_drawn_stages(run, tmp_path, monkeypatch):
+    top, _ = run
+    seen, orders = [], {}
+
+    class Seen(prepare.Rows):
+        def __getitem__(self, i):
+            if self.tile_knobs['split'] == 'train' and self.encode_knobs['supervised']:
+                seen.append((i, self.stage_of(i)))
+            return super().__getitem__(i)
+
+    monkeypatch.setattr(prepare, 'Rows', Seen)
+    args = [*TOY, f'--data_dir={top}/data', '--epochs_stage0=0', '--epochs_per_stage=2',
+            '--uniform_prob=0.5', '--keep_epochs=2', '--overwrite=True', f'--out_dir={tmp_path}']
+    for seed in (0, 1):
+        seen.clear()
+        script('train.py', *args, f'--seed={seed}')
+        orders[seed] = seen[-96:-48], seen[-48:]
+    one, two = orders[0]
+    for epoch in (one, two):
+        assert sorted(i for i, _ in epoch) == list(range(48))
+        assert {stage for _, stage in epoch} == {0, 1}
+    assert [i for i, _ in one] != [i for i, _ in two]
+    assert dict(one) != dict(two)
+    assert [i for i, _ in orders[1][0]] != [i for i, _ in one]
+    assert (tmp_path / 'epoch_1.pt').exists()
+
+
+def test_what_is_overwritten_is_the_run_and_nothing_else(run, tmp_path):
+    """Also in a folder whose name is a pattern: it once hid the run that it held."""
+    top, _ = run
+    out = tmp_path / 'out[1]'
+    args = [*TOY, f'--data_dir={top}/data', f'--out_dir={out}', '--max_steps=1']
+    script('train.py', *args)
+    assert 'holds another run' in script('train.py', *args, '--seed=5', fails=True)
+    (out / 'probe_test.json').write_text('[]')
+    (out / 'last.pt.7.part').write_bytes(b'')
+    mine = ('precious.pt', 'answers_exam.txt', 'movie.part', 'epoch_of_plato.txt')
+    for name in mine:
+        (out / name).write_bytes(b'mine')
+    os.rename(top / 'data' / 'test.jsonl', tmp_path / 'test.jsonl')
+    try:
+        script('train.py', *args, '--overwrite=True')
+    finally:
+        os.rename(tmp_path / 'test.jsonl', top / 'data' / 'test.jsonl')
+    left = os.listdir(out)
+    assert not [name for name in left if '_test' in name or '.pt.' in name]
+    assert set(mine) <= set(left)
+
+
+def test_taught_thoughts_on_two_ranks(mixed, tmp_path):
+    args = [*mixed, '--teach_thoughts=1', '--max_steps=1']
+    script('train.py', *args, f'--out_dir={tmp_path}/one')
+    process = start('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'train.py',
+                    *args, f'--out_dir={tmp_path}/two')
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    one, two = (torch.load(tmp_path / name / 'last.pt', weights_only=True)['optimizer']['state']
+                for name in ('one', 'two'))
+    for key, state in one.items():
+        assert relative(two[key]['exp_avg'], state['exp_avg']) < 1e-4
+
+
+def test_zero_is_none_and_wandb_goes_on(run, tmp_path, monkeypatch):
+    """save_every and grad_clip; one wandb run over a resume; what run.json names."""
+    top, _ = run
+    ids, module = [], types.ModuleType('wandb')
+
+    class Logged:
+        step = 0
+
+        def log(self, numbers, step):
+            assert step >= self.step
+            self.step = step
+
+    module.init = lambda **more: ids.append(more['id']) or Logged()
+    module.__spec__ = importlib.machinery.ModuleSpec('wandb', None)
+    monkeypatch.setitem(sys.modules, 'wandb', module)
+    args = [*TOY, f'--data_dir={top}/data', f'--out_dir={tmp_path}', '--wandb=True',
+            '--save_every=0', '--grad_clip=0', '--freeze_vision=True', '--threads=2']
+    said = script('train.py', *args, '--max_steps=2')
+    torch.set_num_threads(1)
+    assert re.search('vision: .*, frozen', said)
+    assert not re.search('projector: .*, frozen', said)
+    script('train.py', *args, '--init_from=resume')
+    assert len(ids) == 2
+    assert ids[0] == ids[1]
+    with open(tmp_path / 'run.json') as f:
+        first = json.load(f)[0]
+    assert first['knobs']['seed'] == 0
+    assert first['threads'] == 2
+    assert 'commit' in first
+    assert {'torch', 'transformers'} <= first['versions'].keys()
+    state = torch.load(tmp_path / 'last.pt', weights_only=True)['optimizer']['state']
+    assert any(moments['exp_avg'].any() for moments in state.values())
+
+
+def test_a_models_turns_are_in_its_checkpoints(tmp_path):
+    tokenizer = text_tokenizer(template='[{{ messages[0].content }}]')
+    save_text(tmp_path / 'm', 'llama', tokenizer=tokenizer)
+    row = dict(question='Q?', answer='a', steps=['b'], question_id='0')
+    (tmp_path / 'd').mkdir()
+    for split in ('train', 'validation'):
+        (tmp_path / 'd' / f'{split}.jsonl').write_text(json.dumps(row) + '\n')
+    args = ['train.py', f'--data_dir={tmp_path}/d', f'--out_dir={tmp_path}/o', '--template=chat',
+            '--max_length=400', '--max_new_tokens=2', '--num_workers=0', '--epochs_stage0=2',
+            '--epochs_per_stage=0', '--batch_size=1', '--prompt={question}', '--answer={answer}']
+    script(*args, f'--init_from={tmp_path}/m', '--max_steps=1')
+    script(*args, '--init_from=resume')
+    best = load_checkpoint(f'{tmp_path}/o/best.pt')[1]
+    assert best.chat_template == tokenizer.chat_template
+
+
+def test_drawn_splits_share_no_row():
+    drawn = toy.draw(dict(train=20, validation=20, test=20), 0)
+    images = [row['image'] for rows in drawn.values() for row in rows]
+    assert len(set(images)) == 60
+    others = toy.draw(dict(train=20), 1)['train']
+    assert not {row['image'] for row in others} & set(images)
+
+
+@pytest.fixture(scope='module')
+def loud(run, tmp_path_factory):
+    """The run's checkpoint with matrices three times as large, so that its answers differ."""
+    top, folder = run[0], tmp_path_factory.mktemp('loud')
+    saved = torch.load(top / 'out' / 'best.pt', weights_only=True)
+    for name, weight in saved['model'].items():
+        if weight.dim() == 2 and 'layers' in name:
+            weight *= 3
+    torch.save(saved, folder / 'loud.pt')
+    return folder / 'loud.pt', saved
+
+
+def test_predicted_answers_of_the_probe_command(run, loud):
+    top, (path, _) = run[0], loud
+    rows = prepare.read_split(str(top / 'data'), 'test')
+    own = [row['results'][-1] for row in rows]
+    others = probe.with_other_images(rows)
+    assert probe.predict('swap', own, rows) == own[1:] + own[:1]
+    assert probe.predict('transplant', own, others) == own
+    for asked, place in zip(others, probe.predict('image', own, others)):
+        here = asked['question'].split()[-1].rstrip('?')
+        for _ in range(4):
+            here = dict(asked['edges'])[here]
+        assert place == here
+    script('experiments/probe.py', f'--ckpt={path}',
+           '--intervene=swap,image,patch,same,transplant,blind')
+    with open(path.parent / 'probe_test.json') as f:
+        found = {record['name']: record for record in json.load(f)}
+    for k in (1, 2):  # both stand for the first step
+        for kind in ('patch', 'same'):
+            _, predicted = probe.patches(rows, 1, kind == 'same')
+            count = sum(place is not None for place in predicted)
+            assert found[f'{kind}_{k}']['rows_predicted'] == count
+    for name in ('swap', 'image', 'transplant'):
+        assert found[name]['rows_predicted'] == 17
+    assert found['blind']['tokens_per_answer'] != found['clean']['tokens_per_answer']
+    assert (path.parent / 'patch_2_test.png').exists()
+
+
+def test_flags_of_sample(run, loud, tmp_path):
+    top, (_, saved) = run[0], loud
+    saved = {**saved, 'knobs': {**saved['knobs'], 'mode': 'pause'}}
+
+    def ask(*more):
+        torch.save(saved, tmp_path / 'pause.pt')
+        said = script('sample.py', '--ckpt', tmp_path / 'pause.pt', '--choices=red | blue',
+                      '--image', top / 'data' / 'images' / 'test', *more)
+        return [line for line in said.split('tiles,', 1)[1].splitlines()
+                if not line.startswith('  thought') and 'peak memory' not in line]
+
+    plain = ask()
+    assert plain == ask('--show_thoughts=1')  # pause tokens, looked at or not
+    assert ' 0 thoughts' in ask('--num_thoughts=0')[0]
+    hot = ask('--temperature=1.5')
+    assert hot == ask('--temperature=1.5')
+    assert hot != ask('--temperature=1.5', '--seed=2')
+    assert plain == ask('--temperature=1.5', '--top_p=1e-6')
+    saved['knobs']['mode'] = 'no_cot'
+    saved['model'] = {**saved['model'], 'language_model.model.norm.weight': torch.zeros(64)}
+    assert '-> no option could be read from this answer' in ask()
+    assert 'trained with mode=no_cot, which has no thoughts' in script(
+        'sample.py', '--ckpt', tmp_path / 'pause.pt', '--image=x.png', '--num_thoughts=3',
+        fails=True)
+
+
+@pytest.mark.parametrize('flag, message', (
+    ('--beta1=1', 'beta1=1: expected less than 1'),
+    ('--num_key_value_heads=3', 'num_key_value_heads=3, head_dim=16: expected a multiple'),
+    ('--image_size=70', 'image_size=70.*: expected a multiple of 28'),
+    ('--vision_num_heads=3', 'a width that the heads divide'),
+    ('--teach_thoughts=1 --c_thought=0', 'c_thought=0: only the thoughts of .coconut. can')))
+def test_values_that_no_model_can_have(run, tmp_path, flag, message):
+    said = script('train.py', *TOY, f'--data_dir={run[0]}/data', f'--out_dir={tmp_path}/out',
+                  *flag.split(), fails=True)
+    assert re.search(message, said)
+    assert not (tmp_path / 'out').exists()
+
+
+def test_scratch_on_data_without_a_tokenizer(run, tmp_path):
+    for split in ('train', 'validation'):
+        shutil.copy(run[0] / 'data' / f'{split}.jsonl', tmp_path)
+    said = script('train.py', *TOY, f'--data_dir={tmp_path}', fails=True)
+    assert 'holds no tokenizer: run prepare.py with the same config' in said
 
 
 # --------------------------------------------------------------------------------------------------
