@@ -2481,6 +2481,19 @@ def test_models_that_were_not_trained_are_asked_in_their_own_words(tmp_path, mon
     assert next(exported.parameters()).dtype == torch.bfloat16
 
 
+def test_ctrl_c_is_one_sentence(monkeypatch, capsys):
+    codes = []
+    monkeypatch.setattr(os, '_exit', codes.append)
+    monkeypatch.setattr(sys, '__excepthook__', lambda *error: None)
+    error = KeyboardInterrupt()
+    try:
+        raise error
+    except KeyboardInterrupt:
+        configurator.one_sentence(KeyboardInterrupt, error, error.__traceback__)
+    assert codes == [130]
+    assert 'stopped by Ctrl-C; what was saved is whole' in capsys.readouterr().err
+
+
 def test_help_and_terminals_of_few_letters(tmp_path):
     save_text(tmp_path)
     done = subprocess.run([sys.executable, 'sample.py', '--help'], cwd=HERE, capture_output=True,

@@ -437,6 +437,7 @@ def weights_of(path):
 def test_a_run_leaves_what_it_promises(run):
     top, said = run
     assert said.count("  asked 'Four doors from ") == 4  # two rows in words after each epoch
+    assert re.search(r'in predictions_test.json \d+ answers that say no option stand as', said)
     out = top / 'out'
     assert {
         'best.pt', 'last.pt', 'epoch_1.pt', 'epoch_2.pt', 'metrics.jsonl', 'metrics_epoch_2.json',
@@ -1797,6 +1798,16 @@ def test_zero_is_none_and_wandb_goes_on(run, tmp_path, monkeypatch):
     assert any(moments['exp_avg'].any() for moments in state.values())
 
 
+def test_changed_code_is_named_beside_its_commit(monkeypatch):
+    said = {'rev-parse': 'abc', 'status': ' M model.py'}
+    monkeypatch.setattr(train.shutil, 'which', lambda name: name)
+    monkeypatch.setattr(train.subprocess, 'run', lambda command, **more: types.SimpleNamespace(
+        stdout=said[command[3]] + '\n'))
+    assert train.git_commit() == 'abc with changes'
+    said['status'] = ''
+    assert train.git_commit() == 'abc'
+
+
 def test_a_models_turns_are_in_its_checkpoints(tmp_path):
     tokenizer = text_tokenizer(template='[{{ messages[0].content }}]')
     save_text(tmp_path / 'm', 'llama', tokenizer=tokenizer)
@@ -1856,7 +1867,8 @@ def test_predicted_answers_of_the_probe_command(run, loud):
             assert found[f'{kind}_{k}']['rows_predicted'] == count
     for name in ('swap', 'image', 'transplant'):
         assert found[name]['rows_predicted'] == 17
-    assert found['blind']['tokens_per_answer'] != found['clean']['tokens_per_answer']
+    for name in ('blind', 'transplant'):  # the one hides the image, the other exchanges it
+        assert found[name]['tokens_per_answer'] != found['clean']['tokens_per_answer']
     assert (path.parent / 'patch_2_test.png').exists()
 
 
