@@ -38,7 +38,7 @@ import configurator
 import prepare
 import sample as sample_script
 from model import Config, IMAGE_MEAN, IMAGE_STD, MultiCoCo, SPECIAL_TOKENS
-from model import add_special_tokens, load_checkpoint, load_tokenizer, sample
+from model import add_special_tokens, load_checkpoint, load_tokenizer, longest_of, sample
 
 torch.set_num_threads(1)
 # The same results on every machine: neither a test nor a script that it runs sees a GPU, unless the
@@ -2340,6 +2340,13 @@ def test_a_compiled_step_keeps_all_rows():
     del model.step
     assert set(sizes) == {8}
     assert torch.equal(model.generate(**batch, max_new_tokens=40), kept)
+
+
+def test_positions_are_those_before_the_rope_was_stretched():
+    text = dict(model_type='qwen2', max_position_embeddings=100,
+                rope_scaling=dict(original_max_position_embeddings=32))
+    assert longest_of(text) == 32
+    assert longest_of(dict(text, rope_scaling=None)) == 100
 
 
 def test_the_longest_row_and_the_coldest_temperature():
