@@ -6,6 +6,7 @@ import contextlib
 import importlib.machinery
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -1801,6 +1802,41 @@ def test_zero_is_none_and_run_json_says_how(run, tmp_path):
     assert {'torch', 'transformers'} <= first['versions'].keys()
     state = torch.load(tmp_path / 'last.pt', weights_only=True)['optimizer']['state']
     assert any(moments['exp_avg'].any() for moments in state.values())
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.utils, 'clip_grad_norm_', lambda *more: torch.tensor(math.inf))
+    said = script('train.py', *TOY, f'--data_dir={run[0]}/data', f'--out_dir={tmp_path}/out',
+                  fails=True)
+    assert 'the gradient norm inf in step 1 ' in said
+    assert torch.load(tmp_path / 'out' / 'last.pt', weights_only=True)['step'] == 0
+
+
+ENDLESS = """
+import runpy, sys, time, torch
+def step(optimizer):
+    open('THERE', 'w').close()
+    while True:
+        time.sleep(0.1)
+torch.optim.AdamW.step = step
+sys.argv = ['train.py', *sys.argv[1:]]
+runpy.run_path('train.py', run_name='__main__')
+"""
+
+
+def test_a_second_signal_ends_at_once(run, tmp_path):
+    process = start('-c', ENDLESS.replace('THERE', str(tmp_path / 'there')), *TOY,
+                    f'--data_dir={run[0]}/data', f'--out_dir={tmp_path}/out')
+    wait_for(process, lambda: (tmp_path / 'there').exists())
+    process.send_signal(signal.SIGTERM)
+    time.sleep(1)
+    assert process.poll() is None  # it waits for its step
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == -signal.SIGTERM
 
 
 def test_changed_code_is_named_beside_its_commit(monkeypatch):
