@@ -659,7 +659,8 @@ if __name__ == '__main__':
                       rows, table)
 
     # --- what changing them does ------------------------------------------------------------------
-    own = [places_of(row)[-1] if places_of(row) else row.get('answer') for row in rows]
+    # where each chain ends; rows without a chain have accuracies alone
+    own = [places_of(row)[-1] if places_of(row) else None for row in rows]
     for name in expand(intervene, n):
         asked, change, text, predicted, context = rows, None, {}, None, nullcontext()
         lacking = '' if n or name == 'image' or name.startswith('early_') else 'thoughts'

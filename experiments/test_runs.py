@@ -1913,6 +1913,17 @@ def test_predicted_answers_of_the_probe_command(run, loud):
     assert (path.parent / 'patch_2_test.png').exists()
 
 
+def test_rows_without_a_chain_have_accuracies_alone(mixed, tmp_path):
+    """Once an empty list of rooms was printed, and 0 % for every answer of two words."""
+    script('train.py', *mixed, f'--out_dir={tmp_path}')
+    said = script('experiments/probe.py', f'--ckpt={tmp_path}/best.pt', '--split=validation',
+                  '--intervene=swap,early_2')
+    assert 'validation: swap ' in said
+    assert 'validation: early_2 ' in said
+    assert 'predicted' not in said
+    assert 'names where' not in said
+
+
 def test_flags_of_sample(run, loud, tmp_path):
     top, (_, saved) = run[0], loud
     saved = {**saved, 'knobs': {**saved['knobs'], 'mode': 'pause'}}
