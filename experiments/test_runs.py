@@ -1913,6 +1913,20 @@ def test_predicted_answers_of_the_probe_command(run, loud):
     assert (path.parent / 'patch_2_test.png').exists()
 
 
+def test_the_probe_takes_the_test_split_only_with_its_answers(run, tmp_path):
+    top, _ = run
+    shutil.copytree(top / 'data', tmp_path / 'data')
+    shutil.copy(top / 'out' / 'best.pt', tmp_path)
+    args = ['experiments/probe.py', f'--ckpt={tmp_path}/best.pt', f'--data_dir={tmp_path}/data']
+    assert '\ntest: accuracy' in script(*args)
+    path = tmp_path / 'data' / 'test.jsonl'
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        del row['answer'], row['correct_choice_idx']
+    path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    assert '\nvalidation: accuracy' in script(*args)
+
+
 def test_rows_without_a_chain_have_accuracies_alone(mixed, tmp_path):
     """Once an empty list of rooms was printed, and 0 % for every answer of two words."""
     script('train.py', *mixed, f'--out_dir={tmp_path}')
