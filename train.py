@@ -254,7 +254,9 @@ if __name__ == '__main__':  # data workers import this file again where processe
         sys.stdout = open(os.devnull, 'w')
     knobs = configure(globals())  # its names are those that this file's top level assigns
     globals().update(knobs)
-    at_least_1 = ('batch_size', 'eval_batch_size', 'log_interval', 'max_new_tokens', 'max_tiles')
+    at_least_1 = ('batch_size', 'eval_batch_size', 'log_interval', 'max_new_tokens', 'max_tiles',
+                  'image_size', 'hidden_size', 'num_hidden_layers', 'num_attention_heads',
+                  'num_key_value_heads', 'head_dim', 'vision_num_heads')
     for key, value in knobs.items():
         least = 1 if key in at_least_1 else 0
         if isinstance(value, (int, float)) and value < least:

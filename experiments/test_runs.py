@@ -1966,6 +1966,7 @@ def test_flags_of_sample(run, loud, tmp_path):
 
 @pytest.mark.parametrize('flag, message', (
     ('--beta1=1', 'beta1=1: expected less than 1'),
+    ('--num_key_value_heads=0', 'num_key_value_heads=0: expected 1 or more'),
     ('--num_key_value_heads=3', 'num_key_value_heads=3, head_dim=16: expected a multiple'),
     ('--image_size=70', 'image_size=70.*: expected a multiple of 28'),
     ('--vision_num_heads=3', 'a width that the heads divide'),
