@@ -1901,6 +1901,18 @@ def test_predicted_answers_of_the_probe_command(run, loud):
     assert (path.parent / 'patch_2_test.png').exists()
 
 
+def test_a_test_split_that_does_not_fit_is_refused_before_the_first_step(run, tmp_path):
+    shutil.copytree(run[0] / 'data', tmp_path / 'data')
+    path = tmp_path / 'data' / 'test.jsonl'
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text(''.join(json.dumps(dict(row, question='Why? ' * 200)) + '\n' for row in rows))
+    said = script('train.py', *TOY, f'--data_dir={tmp_path}/data', f'--out_dir={tmp_path}/out',
+                  fails=True)
+    assert 'test' in said
+    assert 'max_length=128' in said
+    assert not (tmp_path / 'out').exists()
+
+
 def test_the_probe_takes_the_test_split_only_with_its_answers(run, tmp_path):
     top, _ = run
     shutil.copytree(top / 'data', tmp_path / 'data')
