@@ -347,6 +347,19 @@ def check_rows(ids, real, config):
 
 # --- the whole model ------------------------------------------------------------------------------
 
+def check_shape(c):
+    """Raises ValueError for sizes of a Config that no model can have."""
+    if c.num_attention_heads % c.num_key_value_heads or c.head_dim % 2:
+        raise ValueError(f'num_attention_heads={c.num_attention_heads}, num_key_value_heads='
+                         f'{c.num_key_value_heads}, head_dim={c.head_dim}: expected a multiple of '
+                         'the key heads, and an even head_dim')
+    step = round(c.patch_size / c.downsample_ratio)  # patches are joined two by two
+    if c.vision_num_layers and (c.image_size % step or c.vision_hidden_size % c.vision_num_heads):
+        raise ValueError(f'image_size={c.image_size}, vision_hidden_size={c.vision_hidden_size}, '
+                         f'vision_num_heads={c.vision_num_heads}: expected a multiple of {step}, '
+                         'two patches, and a width that the heads divide')
+
+
 class Output(NamedTuple):
     loss: Optional[torch.Tensor]    # float32, mean over supervised tokens; None without labels
     logits: Optional[torch.Tensor]  # [B, T, V]; None with labels
@@ -360,6 +373,7 @@ class MultiCoCo(nn.Module):
     def __init__(self, config):
         super().__init__()
         c = self.config = config
+        check_shape(c)
         self.activation_checkpointing = False
         # of the latest labelled batch: how many targets were the likeliest token, set by forward
         self.num_correct = None
@@ -742,7 +756,7 @@ def weight_files(folder):
     if 'config.json' not in files and 'adapter_config.json' in files:
         raise FileNotFoundError(f'{folder} holds a LoRA adapter alone (adapter_config.json): merge '
                                 'it into its base model and give the folder of the result')
-    if 'best.pt' in files:
+    if 'config.json' not in files and 'best.pt' in files:
         raise FileNotFoundError(f'{folder} is the folder of a run: give {folder}/best.pt')
     if 'config.json' not in files:
         raise FileNotFoundError(f'{folder} holds no config.json: give the folder of a whole '

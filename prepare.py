@@ -1279,11 +1279,11 @@ def read_arrow(dataset, files, data_dir):
     """split -> rows of parquet files, or of a data set of the hub. Images stay bytes."""
     import datasets
     datasets.disable_progress_bars()
+    # datasets reads a path as a pattern
+    files = {split: [glob.escape(path) for path in paths] for split, paths in files.items()}
     try:
         if files:
             cache = os.path.join(data_dir, 'cache', 'arrow')
-            # datasets reads a path as a pattern
-            files = {split: [glob.escape(path) for path in paths] for split, paths in files.items()}
             found = {split: datasets.load_dataset('parquet', data_files={split: paths}, split=split,
                                                   cache_dir=cache)
                      for split, paths in files.items()}

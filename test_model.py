@@ -736,7 +736,8 @@ def test_incomplete_checkpoints(tmp_path, monkeypatch):
     os.rename(tmp_path / 'b' / 'model.safetensors', tmp_path / 'b' / 'pytorch_model.bin')
     os.remove(sorted((tmp_path / 'c').glob('*.safetensors'))[1])
     for name, message in (('a', 'no config.json'), ('b', 'only safetensors'),
-                          ('c', 'lacks model-00002'), ('d', 'neither a folder nor a .pt')):
+                          ('c', 'lacks model-00002'),
+                          ('d', 'neither a folder nor a .pt file nor a hub id')):
         with pytest.raises(OSError, match=message):
             MultiCoCo.from_pretrained(str(tmp_path / name))
     damaged = tmp_path / 'b' / 'model.safetensors'
@@ -2370,6 +2371,8 @@ def test_an_export_has_all_end_tokens_and_the_turns(tmp_path):
 @pytest.mark.parametrize('message, changes', (
     ('use_backbone_lora', dict(use_backbone_lora=16)),
     ('select_layer', dict(select_layer=-2)),
+    ('num_key_value_heads=3, head_dim=8: expected a multiple',
+     dict(text_config__num_key_value_heads=3)),
     ('not square', dict(vision_config__image_size=[56, 112]))))
 def test_further_config_values_are_refused(tmp_path, message, changes):
     save_tiny(tmp_path)
@@ -2465,6 +2468,9 @@ def test_checkpoints_of_another_kind_are_named(tmp_path):
     (tmp_path / 'best.ckpt').write_bytes(b'')
     with pytest.raises(OSError, match='neither a folder nor a .pt file nor a hub id'):
         load_checkpoint(str(tmp_path / 'best.ckpt'))
+    save_tiny(tmp_path / 'whole')  # a checkpoint may have such a file beside it
+    (tmp_path / 'whole' / 'best.pt').write_bytes(b'')
+    load_checkpoint(str(tmp_path / 'whole'))
 
 
 def test_models_that_were_not_trained_are_asked_in_their_own_words(tmp_path, monkeypatch):

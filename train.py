@@ -10,8 +10,9 @@ the first k behind thoughts.
 
 Leaves in out_dir: last.pt (to resume from), epoch_{k}.pt and best.pt (weights; best validation
 accuracy within the furthest stage), run.json (how it was started), metrics.jsonl,
-metrics_epoch_{k}.json, curves.png, answers_{split}.json, predictions_{split}.json. There is no lock:
-do not start two runs in one out_dir. `python -m experiments.probe` examines what the thoughts do.
+metrics_epoch_{k}.json, curves.png, answers_{split}.json, predictions_{split}.json. There is no
+lock: do not start two runs in one out_dir. `python -m experiments.probe` examines what the thoughts
+do.
 
 To change X, edit here: what a stage hides, prepare.py's `build_text`; the schedule, "schedule"
 below, where stage numbers have to rise (best.pt goes by them, and the optimizer starts anew where
@@ -325,14 +326,6 @@ if __name__ == '__main__':  # data workers import this file again where processe
         if not os.path.isdir(os.path.join(data_dir, 'tokenizer')):
             raise ValueError(f'{data_dir} holds no tokenizer: run prepare.py with the same config, '
                              'or with --init_from=scratch')
-        if num_attention_heads % num_key_value_heads or head_dim % 2:
-            raise ValueError(f'num_attention_heads={num_attention_heads}, num_key_value_heads='
-                             f'{num_key_value_heads}, head_dim={head_dim}: expected a multiple of '
-                             'the key heads, and an even head_dim')
-        if image_size % 28 or vision_hidden_size % vision_num_heads:
-            raise ValueError(f'image_size={image_size}, vision_hidden_size={vision_hidden_size}, '
-                             f'vision_num_heads={vision_num_heads}: expected a multiple of 28, two '
-                             'patches, and a width that the heads divide')
         tokenizer, saved = load_tokenizer(os.path.join(data_dir, 'tokenizer')), {}
         shape = {field.name: knobs[field.name] for field in fields(Config) if field.name in knobs}
         config = Config(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id,

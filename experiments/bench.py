@@ -355,9 +355,9 @@ def recipe():
 
         work()
         torch.cuda.reset_peak_memory_stats()
-        took = statistics.median(seconds(work) for _ in range(5))
-        peak, held = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
         name = 'vision frozen' if frozen else 'vision trained'
+        took = interleaved({name: work}, 5)[name]
+        peak, held = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
         out[name] = dict(seconds=took, peak=peak, reserved=held)
         tokens = int(batch['attention_mask'].sum())
         print(f'{name}, 8 rows, activation checkpointing: {took:.3f} s, {tokens / took:.0f} '

@@ -660,7 +660,7 @@ if __name__ == '__main__':
 
     # --- what changing them does ------------------------------------------------------------------
     # where each chain ends; rows without a chain have accuracies alone
-    own = [places_of(row)[-1] if places_of(row) else None for row in rows]
+    own = [(places_of(row) or [None])[-1] for row in rows]
     for name in expand(intervene, n):
         asked, change, text, predicted, context = rows, None, {}, None, nullcontext()
         lacking = '' if n or name == 'image' or name.startswith('early_') else 'thoughts'
@@ -669,6 +669,8 @@ if __name__ == '__main__':
             asked = asked and fitting_rows(split, stage, asked, **row_knobs)
             if not asked or (name == 'transplant' and len(asked) < len(rows)):
                 lacking = 'image'
+        if asked and len(asked) == len(rows):
+            predicted = predict(name, own, asked)
         if name.startswith(('patch_', 'same_')) and n:
             kind, number = name.split('_')
             step = math.ceil(int(number) / knobs['c_thought'])
@@ -680,15 +682,11 @@ if __name__ == '__main__':
             text = dict(c_thought=number_of(name, 'early'), max_latent_stage=1)
         elif name == 'transplant':
             change = replace(name, thoughts, torch.arange(len(rows)))
-            predicted = predict(name, own, asked)
         elif name == 'blind':
             # a hook that records nothing: with one all rows stay in the batch
             change, context = record(thoughts[:, :0]), hidden_image(model)
-        elif name == 'image' and len(asked) == len(rows):
-            predicted = predict(name, own, asked)
         elif name != 'image':
             change = replace(name, thoughts)
-            predicted = predict(name, own, asked)
         if lacking:
             print(f'{split}: {name} left out, these answers have no {lacking}')
             continue
