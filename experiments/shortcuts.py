@@ -3,7 +3,6 @@ What do rules know that never look at who is asked? For a file in Coconut's form
 questions: "... Is Tom a lompus or a rempus?"
 
     python -m experiments.shortcuts prosqa_test.json
-    python -m experiments.shortcuts data/prosqa/test.jsonl
     python -m experiments.shortcuts data/prosqa/test.jsonl out-prosqa/answers_test.json
 
 The rule of k edges looks k edges back from each of the two options, for the nearest person there,
@@ -12,12 +11,11 @@ has half a point. A model that scores no more than such a rule may have learnt n
 a run's answers to the same prepared rows, their accuracy is given apart by what the rule scores.
 """
 import json
-import os
 import re
 import sys
+from pathlib import Path
 
-from configurator import one_sentence
-from prepare import digest, read_json_rows
+from prepare import digest
 from sample import wilson
 
 QUESTION = re.compile(r'Is (\w+) (?:an? )?(\w+) or (?:an? )?(\w+)\?')
@@ -52,32 +50,24 @@ def score(row, k):
 
 
 if __name__ == '__main__':
-    sys.excepthook = one_sentence
-    if len(sys.argv) not in (2, 3) or not all(os.path.isfile(path) for path in sys.argv[1:]):
-        raise ValueError('give one file of rows, as in python -m experiments.shortcuts FILE, and '
-                         'perhaps the answers_test.json of a run on it')
-    rows, right = read_json_rows(sys.argv[1]), {}  # right: question_id -> whether it was answered
-    if len(sys.argv) == 3:
-        with open(sys.argv[2]) as f:
-            answered = json.load(f)
-        folder, split = os.path.split(sys.argv[1].removesuffix('.jsonl'))
-        prepared = sys.argv[1].endswith('.jsonl') and isinstance(answered, dict)
-        if not prepared or answered.get('data') != digest(folder, split):
-            raise ValueError(f'{sys.argv[2]} holds no answers to the rows of {sys.argv[1]}: give '
-                             'the prepared .jsonl file that was asked')
+    path, *answers = [Path(name) for name in sys.argv[1:]]
+    content, right = path.read_text('utf-8'), {}  # question_id -> whether a run answered it
+    lines = content.splitlines() if path.suffix == '.jsonl' else []
+    rows = [json.loads(line) for line in lines] or json.loads(content)
+    for file in answers:
+        answered = json.loads(file.read_text('utf-8'))
+        assert answered['data'] == digest(path.parent, path.stem), f'{file} is of other rows'
         right = {found['question_id']: found['right'] for found in answered['answers']}
     for k in (1, 2, 3):
-        asked = [(row, score(row, k)) for row in rows if 'question' in row and 'answer' in row]
-        asked = [(row, one) for row, one in asked if one is not None]
-        scores = [one for _, one in asked]
-        if not scores:
-            raise ValueError(f'{sys.argv[1]} holds no question like "Is Tom a lompus or a rempus?"')
+        scored = [(row, score(row, k)) for row in rows]
+        scores = [points for _, points in scored if points is not None]
+        assert scores, f'{path} holds no question like "Is Tom a lompus or a rempus?"'
         p = sum(scores) / len(scores)
         low, high = wilson(p, len(scores))
-        print(f'{k} edge{"s" * (k > 1)} back: {100 * p:.1f} % ({100 * low:.1f} to '
-              f'{100 * high:.1f}) of {len(scores)} rows, {scores.count(0.5)} of them undecided')
+        print(f'{k} edges back: {100 * p:.1f} % ({100 * low:.1f} to {100 * high:.1f}) of '
+              f'{len(scores)} rows, {scores.count(0.5)} of them undecided')
         for name, points in (('right', 1), ('undecided', 0.5), ('wrong', 0)):
-            found = [right[row['question_id']] for row, one in asked
+            found = [right[row['question_id']] for row, one in scored
                      if one == points and row.get('question_id') in right]
             if found:
                 print(f'    the answers where it is {name}: {100 * sum(found) / len(found):.1f} % '

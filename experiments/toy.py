@@ -31,10 +31,18 @@ scored 89 % had learnt little but that.
 
 import functools
 import io
+import math
 import operator
 
 import numpy as np
+import torch
+import transformers
 from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+
+from model import END_LATENT, IMG_CONTEXT, LATENT, SPECIAL_TOKENS, START_LATENT
+from model import Config, MultiCoCo
 
 COLOURS = {
     'red': (220, 40, 40), 'green': (40, 160, 60), 'blue': (50, 80, 220), 'yellow': (235, 215, 60),
@@ -115,7 +123,7 @@ def draw(rows, seed, hops=HOPS):
         image, fields = draw_chain(rng, hops)
         png = io.BytesIO()
         Image.fromarray(image).save(png, 'PNG')
-        return dict(fields, image=png.getvalue(), question_id=f'{i:05d}')
+        return dict(fields, image=dict(bytes=png.getvalue()), question_id=f'{i:05d}')
     return draw_rows(rows, seed, draw_row)
 
 
@@ -221,3 +229,58 @@ def draw_published(rows, seed):
         row['question'] = row['question'].replace('\n', ' ').replace(' or a ', ' or ')
         return row
     return draw_rows(rows, seed, draw_row)
+
+
+# name -> split -> rows, of (split -> number of rows, seed, hops, nodes)
+DRAWN = dict(toy=lambda rows, seed, hops, nodes: draw(rows, seed, hops),
+             words=lambda rows, seed, hops, nodes: draw_words(rows, seed, hops),
+             prosqa=lambda rows, seed, hops, nodes: draw_graphs(rows, seed, nodes),
+             prosqa_full=lambda rows, seed, hops, nodes: draw_published(rows, seed))
+
+
+def train_tokenizer(texts, folder, vocab_size=512):  # 256 bytes, special tokens, some merges
+    """A byte-level BPE tokenizer with InternVL's and Coconut's special tokens, in transformers'
+    format."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=['<|endoftext|>', '<|im_start|>', '<|im_end|>', *SPECIAL_TOKENS]))
+    wrapped = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token='<|im_end|>', pad_token='<|endoftext|>')
+    wrapped.save_pretrained(folder)
+
+
+@torch.no_grad()
+def new_model(tokenizer, **shape):
+    """A model from scratch; shape: fields of Config. Embeddings and the final norm have scale 0.35,
+    so that a thought has the scale of an embedding; where the head is tied to embeddings of width
+    64, as in config/toy.py, logits start near scale 1 (0.35 * 0.35 * sqrt(64))."""
+    ids_of = tokenizer.convert_tokens_to_ids
+    c = Config(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id,
+               image_token_id=ids_of(IMG_CONTEXT), latent_token_id=ids_of(LATENT),
+               eos_token_ids=(tokenizer.eos_token_id,), **shape)
+    model = MultiCoCo(c)
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            std = module.weight[0].numel() ** -0.5
+            if name.endswith(('o_proj', 'down_proj', 'attn.proj', 'fc2')):
+                # the ends of the residual branches
+                vision = name.startswith('vision_model')
+                std /= math.sqrt(2 * (c.vision_num_layers if vision else c.num_hidden_layers))
+            nn.init.normal_(module.weight, std=std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    embeddings = model.language_model.model.embed_tokens.weight
+    nn.init.normal_(embeddings, std=0.35)
+    model.language_model.model.norm.weight.fill_(0.35)
+    if c.vision_num_layers:
+        nn.init.normal_(model.vision_model.cls_token, std=0.35)
+        nn.init.normal_(model.vision_model.pos_embed, std=0.35)
+    # both markers of thoughts start as copies of the line end, which stage 0 trains: a marker ends
+    # the question as a line end ends a step
+    line_end = embeddings[tokenizer.encode('\n', add_special_tokens=False)[-1]].clone()
+    embeddings[ids_of([START_LATENT, END_LATENT])] = line_end
+    return model
