@@ -107,9 +107,9 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
 
     def forward(self, x, cos, sin, mask, past):
-        """x [B, L, D]. past: keys and values [B, K, S, head_dim] of the S slots before, and mask
-        bool [B, 1, L, S + L]; both None in the first pass, where attention is causal and no more.
-        Gives y [B, L, D] and (keys, values) [B, K, S + L, head_dim], these behind the past ones."""
+        """x [B, L, D]. past: keys and values [B, K, R, head_dim] of the R slots before, and mask
+        bool [B, 1, L, R + L]; both None in the first pass, where attention is causal and no more.
+        Gives y [B, L, D] and (keys, values) [B, K, R + L, head_dim], these behind the past ones."""
         q = rearrange(self.q_proj(x), 'b l (h d) -> b h l d', d=self.head_dim)
         k = rearrange(self.k_proj(x), 'b l (h d) -> b h l d', d=self.head_dim)
         v = rearrange(self.v_proj(x), 'b l (h d) -> b h l d', d=self.head_dim)
@@ -177,7 +177,7 @@ class Layout(NamedTuple):
     widths: list               # n + 1 ints: slots of each chunk, the greatest length in it
     image_slots: torch.Tensor  # int64 [P * N]: which of B * S slots hold <IMG_CONTEXT>, row by row
     image_tokens: list         # B ints: <IMG_CONTEXT> tokens of each row
-    targets: tuple             # int64 [supervised] three times: row, slot that predicts it, token
+    targets: tuple             # of each supervised token, int64: row, slot that predicts it, token
 
 
 def lay_out(input_ids, attention_mask, config, labels=None, device=None, more=0):
@@ -232,8 +232,8 @@ class MultiCoCo(nn.Module):
     back instead, in the rows that have a thought k."""
 
     def __init__(self, config, device=None):
-        """device='meta' leaves out the initial values, for a checkpoint's; what a subclass adds
-        behind super().__init__(config, device) has its own all the same."""
+        """device='meta': no initial values, a checkpoint has them. Add new modules after the `with`
+        (or in a subclass), so that they have theirs though the checkpoint lacks them."""
         super().__init__()
         c = self.config = config
         self.activation_checkpointing = False
@@ -245,6 +245,8 @@ class MultiCoCo(nn.Module):
                     mlp_ratio=c.vision_intermediate_size / c.vision_hidden_size, init_values=1.0,
                     norm_layer=partial(nn.LayerNorm, eps=c.vision_layer_norm_eps),
                     final_norm=False, num_classes=0, weight_init='skip')
+                for parameter in (self.vision_model.cls_token, self.vision_model.pos_embed):
+                    nn.init.zeros_(parameter)  # skipped, they hold whatever is in memory
                 shuffled = int(c.vision_hidden_size / c.downsample_ratio ** 2)
                 self.mlp1 = nn.Sequential(
                     nn.LayerNorm(shuffled), nn.Linear(shuffled, c.hidden_size), nn.GELU(),
@@ -404,7 +406,7 @@ class MultiCoCo(nn.Module):
             token = torch.where(done, c.pad_token_id, token)
             new.append(token)
             done = done | torch.isin(token, eos)
-            if done.all():
+            if done.all() or len(new) == max_new_tokens:
                 break
             x, is_thought = lm.model.embed_tokens(token), token == c.latent_token_id
             if is_thought.any():
@@ -413,7 +415,7 @@ class MultiCoCo(nn.Module):
                     thought = edit_thought(n, thought)
                 x = torch.where(is_thought[:, None], thought.to(x.dtype), x)
             last, written = self.step(x, position, past_position, cache)
-            for (keys, values), (key, value) in zip(cache, written):
+            for (keys, values), (key, value) in zip(cache, written):  # to the slot kept for them
                 keys[:, :, slot] = key
                 values[:, :, slot] = value
             past_position[:, slot] = position
@@ -432,9 +434,8 @@ class MultiCoCo(nn.Module):
     @classmethod
     def from_pretrained(cls, name_or_path, dtype=torch.float32, **overrides):
         """InternVL, OpenGVLab's layout or the -hf one, or a plain Qwen2, Qwen3 or Llama, of a hub
-        id or a folder: safetensors, whole or sharded. The rows of tokens that `load_tokenizer` adds
-        are the mean of the old ones. dtype: of the weights, 'auto' for that of the files;
-        overrides: fields of Config. Memory peaks near the size of the weights."""
+        id or a folder: safetensors, whole or sharded. dtype: of the weights, 'auto' for that of the
+        files; overrides: fields of Config. Memory peaks near the size of the weights."""
         folder = fetch(name_or_path)
         old, tokenizer = len(load_tokenizer(folder, add=())), load_tokenizer(folder)
         weights = read_weights(folder, dtype, old, len(tokenizer))
@@ -446,8 +447,8 @@ class MultiCoCo(nn.Module):
 
     @classmethod
     def of_weights(cls, config, weights):
-        """A model of these weights (name -> tensor), without a copy; in evaluation mode. Modules
-        that a subclass adds may be missing in them, and keep their initial values."""
+        """A model of these weights (name -> tensor), not copied. Modules that a subclass adds may
+        be missing among them, and keep their initial values."""
         model = cls(config, device='meta')
         added = {name: tensor for name, tensor in model.state_dict().items()
                  if not tensor.is_meta and name not in weights}
@@ -459,12 +460,11 @@ class MultiCoCo(nn.Module):
 
 
 def sample(logits, temperature, top_p):
-    """float32 [B, V] to int64 [B]: the likeliest token at temperature 0 (and so near it that the
-    division overflows), else one of the top_p mass."""
-    if temperature < 1e-6:
+    """float32 [B, V] to int64 [B]: the likeliest token, or with a temperature one of the top_p."""
+    if temperature < 1e-6:  # so near 0 the division would overflow
         return logits.argmax(-1)
     p, token = (logits / temperature).softmax(-1).sort(-1, descending=True)
-    p[p.cumsum(-1) - p >= top_p] = 0  # what comes before this token is enough
+    p[p.cumsum(-1) - p >= top_p] = 0  # likelier tokens have top_p already
     return token.gather(-1, torch.multinomial(p, 1))[:, 0]
 
 
@@ -501,8 +501,7 @@ def fetch(name_or_path):
     """A local folder as it is; a hub id's files from the hub or its cache."""
     if os.path.isdir(name_or_path):
         return name_or_path
-    kinds = ['*.json', '*.safetensors', '*.txt', '*.jinja']
-    return snapshot_download(name_or_path, allow_patterns=kinds)
+    return snapshot_download(name_or_path, allow_patterns=['*.json', '*.safe*', '*.txt', '*.jinja'])
 
 
 def load_tokenizer(name_or_path, add=SPECIAL_TOKENS):
@@ -550,7 +549,7 @@ TEXT = ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers',
 VISION = dict(hidden_size='vision_hidden_size', intermediate_size='vision_intermediate_size',
               num_hidden_layers='vision_num_layers', num_attention_heads='vision_num_heads',
               layer_norm_eps='vision_layer_norm_eps')
-UNDECLARED = {'is_causal', 'partial_rotary_factor', 'quantization_config'}  # may not be there
+UNDECLARED = {'is_causal', 'partial_rotary_factor', 'quantization_config'}  # may not be set
 IGNORED = {  # keys that change nothing at inference, or are read in another way
     'initializer_range', 'layer_scale_init_value', 'attention_dropout', 'hidden_dropout_prob',
     'projection_dropout', 'use_cache', 'pretraining_tp', 'use_mask_token', 'max_window_layers',
@@ -560,9 +559,9 @@ IGNORED = {  # keys that change nothing at inference, or are read in another way
 
 
 def refuse_others(theirs, **read):
-    """Raises ValueError where `theirs`, a transformers config, would compute something else than
-    is computed here: it is held against the same class made of the values that were read and
-    nothing more, which has the defaults that are computed here (silu, no rope scaling, ...)."""
+    """Every key of `theirs`, a transformers config, that is neither in `read` (what is supported)
+    nor IGNORED has to have its class's default: that is what is computed here, for the classes in
+    BIAS_AND_QK_NORM. Else ValueError."""
     theirs, ours = theirs.to_dict(), type(theirs)(**read).to_dict()
     for key in (ours.keys() - IGNORED) | UNDECLARED:
         if theirs.get(key) != ours.get(key):
@@ -632,9 +631,9 @@ def from_opengvlab(raw):
 
 
 def load_checkpoint(path, dtype=torch.float32, kind=MultiCoCo, **overrides):
-    """(model in evaluation mode, tokenizer, dict) of a .pt of train.py, in float32, or of a folder
-    or hub id; dict: the rest of the .pt, or what experiments/export.py noted. kind: MultiCoCo or a
-    subclass; overrides: see `from_pretrained`."""
+    """(model in evaluation mode, tokenizer, dict) of a .pt of train.py, always in float32, or of a
+    folder or hub id; dict: the rest of the .pt, or what experiments/export.py noted. kind:
+    MultiCoCo or a subclass; overrides: see `from_pretrained`."""
     if not path.endswith('.pt'):
         folder = fetch(path)
         noted = json.loads(Path(folder, 'config.json').read_text('utf-8')).get('multicoco', {})

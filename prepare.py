@@ -20,7 +20,6 @@ import math
 import os
 import random
 import re
-import shutil
 import signal
 import struct
 import sys
@@ -105,9 +104,9 @@ def build_text(row, stage, mode='coconut', c_thought=2, max_latent_stage=4, pad_
         no_cot        all                     0
 
     A stage beyond max_latent_stage hides all steps behind the thoughts of max_latent_stage. Without
-    pad_latent_to_max a row with fewer steps has c_thought for each that it has. num_thoughts, where
-    given, is their number whatever mode and stage are. template: the turns around the prompt,
-    'plain', 'chatml', or what frame_of has made of 'chat'. visual_bridge says in words that the
+    pad_latent_to_max a row with fewer steps has c_thought thoughts a step, in evaluation too, as in
+    Coconut. num_thoughts, if given, is the number of thoughts. template: the turns around the
+    prompt, 'plain', 'chatml', or what frame_of made of 'chat'. visual_bridge says in words that the
     image is looked at: in stage 0 before the first step, later before the thoughts and, unless it
     speaks of seeing, before the first written step."""
     assert mode in ('coconut', 'cot', 'no_cot', 'pause', 'no_thoughts'), mode
@@ -148,9 +147,7 @@ def encode(row, tokenizer, stage, tiles=None, supervised=True, max_length=2560,
     tiles             uint8 [P, 3, S, S], the row's image as `tile_image` gives it, or None
     supervised        False leaves out steps and answer, for generation: labels is None
     num_image_tokens  N, visual tokens a tile
-    text              knobs of `build_text`
-    Refuses a row that does not fit max_length or whose own text holds <|latent|> or <IMG_CONTEXT>.
-    """
+    text              knobs of `build_text`"""
     prompt, thoughts, target = build_text(row, stage, **text)
     name, visual = row.get('question_id'), 0 if tiles is None else len(tiles) * num_image_tokens
     img, context, end_img, start, latent, end = tokenizer.convert_tokens_to_ids(
@@ -180,13 +177,13 @@ def collate(rows):
         values = [torch.tensor(one, dtype=torch.long) for one in lists]
         return torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=filler)
 
-    ids = [row['input_ids'] for row in rows]
-    tiles = [row['pixel_values'] for row in rows if row['pixel_values'] is not None]
     counts = [0 if row['pixel_values'] is None else len(row['pixel_values']) for row in rows]
-    batch = dict(input_ids=pad(ids, 0), attention_mask=pad([[1] * len(one) for one in ids], 0),
-                 num_tiles=torch.tensor(counts), pixel_values=torch.cat(tiles) if tiles else None)
-    if rows[0]['labels'] is not None:
-        batch['labels'] = pad([row['labels'] for row in rows], -100)
+    tiles = [row['pixel_values'] for row in rows if row['pixel_values'] is not None]
+    batch = dict(num_tiles=torch.tensor(counts), pixel_values=torch.cat(tiles) if tiles else None)
+    batch['attention_mask'] = pad([[1] * len(row['input_ids']) for row in rows], 0)
+    for key, filler in (('input_ids', 0), ('labels', -100)):
+        if rows[0][key] is not None:
+            batch[key] = pad([row[key] for row in rows], filler)
     return batch
 
 
@@ -221,6 +218,11 @@ def leave_signals_to_the_parent(worker):
         signal.signal(signum, signal.SIG_IGN)
 
 
+def end_workers():
+    for worker in torch.multiprocessing.active_children():
+        worker.kill()
+
+
 # --- files and images -----------------------------------------------------------------------------
 def write_file(path, content):
     """Writes bytes under a temporary name, which then becomes path: it is never half there."""
@@ -244,8 +246,7 @@ def load_image(file):
 
 
 def tile_grid(width, height, size=448, max_tiles=8):
-    """(columns, rows) of tiles for an image: the grid of the nearest aspect ratio; on a tie the
-    larger one, if it is filled half."""
+    """(columns, rows) of tiles: the nearest aspect ratio; on a tie the larger, if filled half."""
     sides = range(1, max_tiles + 1)
     grids = sorted(((i, j) for i in sides for j in sides if i * j <= max_tiles), key=math.prod)
     best, least = (1, 1), float('inf')
@@ -384,7 +385,7 @@ SENTENCE_END = re.compile(r'\n+|(?<=[.!?])(?<!\b[A-Z][a-z]\.)(?<!\b[A-Z0-9]\.)\s
 
 
 class Dropped(Exception):
-    """The reason why a row cannot be used, worded to follow 'dropped 3 rows'."""
+    pass  # for the reason that it names, worded to follow 'dropped 3 rows'
 
 
 def load_rows(dataset, files, cache_dir):
@@ -401,7 +402,7 @@ def load_rows(dataset, files, cache_dir):
     found = {split: datasets.load_dataset(
         'parquet' if names[0].endswith('.parquet') else 'json', split='train', cache_dir=cache_dir,
         data_files=[*map(glob.escape, names)]) for split, names in paths.items() if names}
-    found = found if paths else dict(datasets.load_dataset(dataset))
+    found = found if paths else dict(datasets.load_dataset(dataset))  # else from the hub
     for split, rows in found.items():
         types = {field.name: re.sub(r'large_|(?<=int)\d+', '', str(field.type))
                  for field in rows.features.arrow_schema}
@@ -450,9 +451,10 @@ def read_row(raw, split, steps_from='first', max_latent_stage=4):
         raise Dropped('without a question or an answer')
     if answer:
         rationales = [text for text in raw.get('rationales') or [] if text and text.strip()]
-        steps = raw.get('steps') or rationales
-        if rationales and steps_from == 'first':
-            steps = cut_steps(rationales[0], max_latent_stage)
+        steps = raw.get('steps') or ()
+        if rationales:
+            cut = cut_steps(rationales[0], max_latent_stage)
+            steps = dict(first=cut, all=rationales)[steps_from]
         row['answer'] = answer
         # a step is a line; a row without an answer needs none
         row['steps'] = [' '.join(step.split()) for step in steps if step and step.strip()]
@@ -466,8 +468,7 @@ def read_row(raw, split, steps_from='first', max_latent_stage=4):
 
 def prepare_split(raw, folder, split, data_dir, steps_from='first', max_latent_stage=4,
                   image_size=448, max_tiles=8, cache_tiles=True):
-    """Prepared rows of raw ones, whose image paths start from `folder`. Writes their images, as the
-    data set has them, and their tiles; says what was dropped and why."""
+    """Prepared rows of raw ones, whose image paths start from `folder`; writes images and tiles."""
     rows, dropped, names = [], defaultdict(list), set()
     for i, raw_row in enumerate(tqdm(raw, desc=split, disable=None)):
         row = dict(question_id=raw_row.get('question_id') or str(i))
@@ -486,6 +487,7 @@ def prepare_split(raw, folder, split, data_dir, steps_from='first', max_latent_s
         print(f'{split}: dropped {len(ids)} rows {reason}: {", ".join(ids[:3])[:200]} ...')
     images, steps = (sum(bool(row.get(key)) for row in rows) for key in ('image', 'steps'))
     print(f'{split}: {len(rows)} of {len(raw)} rows, {images} with an image, {steps} with steps')
+    assert rows or split == 'test', f'{split} holds no usable row'
     return rows
 
 
@@ -506,8 +508,7 @@ def copy_image(raw, folder, name, data_dir):
 
 if __name__ == '__main__':
     from experiments import toy
-    globals().update(configure(globals()))
-    assert steps_from in ('first', 'all'), steps_from
+    configure(globals())
     if init_from != 'scratch' and not init_from.endswith('.pt'):
         fetch(init_from)  # into the hub's cache now, so that training needs no network
     files = dict(train=train_file, validation=val_file, test=test_file)
@@ -524,8 +525,7 @@ if __name__ == '__main__':
     images = sum(len(rows) for rows, _ in raw.values() if {'image', 'image_path'} & set(rows[0]))
     if images and cache_tiles:
         most = images * (max_tiles + (max_tiles > 1)) * 3 * image_size ** 2
-        print(f'tiles take at most {most / 1e9:.1f} GB; {data_dir} has '
-              f'{shutil.disk_usage(data_dir).free / 1e9:.1f} GB free')
+        print(f'tiles take at most {most / 1e9:.1f} GB in {data_dir}')
     for split in SPLITS:  # first: no split of an earlier preparation may stand beside other images
         Path(f'{data_dir}/{split}.jsonl').unlink(missing_ok=True)
     prepared = {split: prepare_split(rows, folder, split, data_dir, steps_from, max_latent_stage,

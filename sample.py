@@ -62,23 +62,24 @@ def normalised(text):
 
 
 def read_choice(text, row, template, ended=True):
-    """The number of the choice that an answer says; None where it says none, or perhaps two.
-    The last line is what the recipe's answer template writes for one choice; or what stands behind
-    the last 'answer is' or 'answer:' of a line, or else all of the text, is a letter, a choice, or
-    both. Nothing is read out of prose, so nothing has to be understood: not, maybe, A or B.
-    A text that was cut off (not ended) counts only behind 'answer is', without its last line."""
+    """The number of the choice that an answer says; None where it says none, or perhaps two. First
+    the last line, if the recipe's template writes it for one choice alone; else what stands behind
+    the last 'answer is' or 'answer:', or else all of the text, if it is a letter, a choice or both.
+    Of a text that was cut off (not ended) only what stands behind 'answer is' counts."""
     text = text.strip() if ended else text.rpartition('\n')[0]
     behind = re.findall(r'\banswer(?: is|:)\s*(.*)', text, re.I)
     raw = behind[-1] if behind else text if ended else ''
     last_line = normalised(text.rpartition('\n')[2]) if ended else ''
-    said, meant = normalised(raw), set()
+    said, by_template, by_words = normalised(raw), set(), set()
     without_article = normalised(re.sub(r'^(an?|the)\s+', '', raw, flags=re.I))  # not of 'A. kite'
     for i, (letter, choice) in enumerate(zip(LETTERS, row['choices'])):
         gold = fill(template, dict(row, correct_choice_idx=i, answer=choice)).rpartition('\n')[2]
         forms = [letter, f'option {letter}', f'{letter} {choice}', f'{choice} {letter}', choice]
-        is_said = said and (said in map(normalised, forms) or without_article == normalised(choice))
-        if is_said or last_line and last_line == normalised(gold):
-            meant.add(i)
+        if last_line and last_line == normalised(gold):
+            by_template.add(i)
+        if said and (said in map(normalised, forms) or without_article == normalised(choice)):
+            by_words.add(i)
+    meant = by_template if len(by_template) == 1 else by_words
     return meant.pop() if len(meant) == 1 else None
 
 
@@ -101,7 +102,7 @@ def check_round_trip(rows, template):
             assert right, f'answer={template!r} writes {text!r}, which is read back as {read}'
 
 
-def respond(model, tokenizer, batch, rows, answer, **generation):
+def respond(model, tokenizer, batch, rows, answer_template, **generation):
     """Free-running answers to a batch, a dict a row: question_id, text, tokens, thoughts, ended (it
     came to its end token); with choices parsed (whether it says one), choice (its number, else 0)
     and option (its text as the row spells it); with a known answer right (never where none is
@@ -116,29 +117,30 @@ def respond(model, tokenizer, batch, rows, answer, **generation):
         found = dict(question_id=row.get('question_id'), text=text, tokens=tokens[b],
                      thoughts=thoughts[b], ended=ended, parsed=True, option=text)
         if row.get('choices'):
-            read = read_choice(text, row, answer, ended)
+            read = read_choice(text, row, answer_template, ended)
             found.update(parsed=read is not None, choice=read or 0)
             found['option'] = row['choices'][found['choice']]
             if 'answer' in row:  # of two options that are spelt the same either is right
                 found['right_as_a'] = found['option'].strip() == row['answer']
                 found['right'] = found['parsed'] and found['right_as_a']
         elif 'answer' in row:
-            right, exact = free_answer_is(text, row, answer)
+            right, exact = free_answer_is(text, row, answer_template)
             found.update(right=ended and right, exact=ended and exact)
         answers.append(found)
     return answers
 
 
-def ask(model, tokenizer, rows, groups, answer, autocast, loading={}, edit_for=None, **generation):
+def ask(model, tokenizer, rows, groups, answer_template, autocast, loading={}, edit_for=None,
+        **generation):
     """Asks groups of row numbers of `rows`, a prepare.Rows without targets: yields (group, answers,
-    seconds without the loading). edit_for, where given, makes an edit_thought for each group."""
+    seconds without the loading). edit_for makes an edit_thought (see MultiCoCo) for a group."""
     for group, batch in zip(groups, batches(rows, groups, **loading)):
         began = time.time()
         if edit_for:
             generation['edit_thought'] = edit_for(group)
         with autocast:
-            answers = respond(model, tokenizer, batch, [rows.rows[i] for i in group], answer,
-                              **generation)
+            answers = respond(model, tokenizer, batch, [rows.rows[i] for i in group],
+                              answer_template, **generation)
         yield group, answers, time.time() - began
 
 
@@ -149,9 +151,8 @@ def wilson(p, n, z=1.96):
 
 
 def summarize(answers, seconds):
-    """Metrics of what `respond` gave. Where all answers are known: accuracy, with Wilson's 95 %
-    interval; of multiple choice also accuracy_default_a, in which an unread answer counts as A; of
-    free answers accuracy_exact, letter by letter."""
+    """Metrics of what `respond` gave. Where all is known: accuracy, its 95 % interval, and accuracy
+    with unread answers as A (accuracy_default_a) or, of free answers, letter by letter."""
     n, mean = len(answers), lambda key: sum(found[key] for found in answers) / len(answers)
     metrics = dict(examples=n, tokens_per_answer=mean('tokens'),
                    thoughts_per_answer=mean('thoughts'), seconds_per_answer=seconds / n,
@@ -174,7 +175,7 @@ def describe(metrics):
 
 
 if __name__ == '__main__':
-    globals().update(configure(globals()))
+    configure(globals())
     torch.manual_seed(seed)
     device = pick_device(device)
     model, tokenizer, saved = load_checkpoint(ckpt, 'auto')
@@ -184,7 +185,7 @@ if __name__ == '__main__':
     if compile:
         model.step = torch.compile(model.step, dynamic=False, mode=(
             'reduce-overhead' if device == 'cuda' else 'default'))
-    config, knobs = model.config, saved.get('knobs', UNTRAINED)  # of train.py, else InternVL's ways
+    config, knobs, stage = model.config, saved.get('knobs', UNTRAINED), saved.get('stage', 0)
     options = choices.split('|') if choices else []
     text = {'prompt': INTERNVL_PROMPT + INTERNVL_CHOICES if options else INTERNVL_PROMPT}
     text.update({key: value for key, value in knobs.items() if key in (
@@ -200,7 +201,6 @@ if __name__ == '__main__':
                  if name.lower().endswith(endings) and not name.startswith('.')]
         print(f'{image}: {len(files)} of {len(names)} files have the ending of an image')
     rows = [dict(question=question, choices=options, image=f, question_id=f) for f in files]
-    stage = saved.get('stage', 0)
     trained_with = build_text(rows[0], stage, **text)[1]
     if num_thoughts > trained_with:
         print(f'{num_thoughts} thoughts, but {ckpt} was trained with {trained_with}')
@@ -209,7 +209,7 @@ if __name__ == '__main__':
                  max_length=config.max_position_embeddings - max_new_tokens,
                  num_image_tokens=config.num_image_tokens,
                  num_thoughts=None if num_thoughts < 0 else num_thoughts, **text)
-    thoughts = []  # of the batch in hand, those of the prompt first: [B, D] each
+    thoughts = []  # of the batch in hand, [B, D] each
 
     def record_thought(k, thought):
         thoughts.append(thought)

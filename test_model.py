@@ -359,7 +359,7 @@ def test_greedy_ids_are_those_of_forward_step_by_step(boosted):
     with torch.no_grad():
         model.language_model.lm_head.weight[IMAGE] = 0  # forward would ask for its tile
         if boosted is not None:
-            model.language_model.lm_head.weight[boosted] *= 4
+            model.language_model.lm_head.weight[boosted] *= -6
     model.config.eos_token_ids = (11, EOS)
     written = model.generate(**batch, max_new_tokens=14, edit_thought=(
         lambda k, thought: asked.append(k) or thought))
@@ -368,9 +368,9 @@ def test_greedy_ids_are_those_of_forward_step_by_step(boosted):
         assert ids == wanted + [PAD] * (len(ids) - len(wanted))
         lengths.append(len(wanted))
     assert written.shape[1] == max(lengths)
-    assert boosted is None or (written == boosted).any()
     assert boosted != EOS or min(lengths) < max(lengths)
     latents = (written == LATENT).any(0)  # nothing follows the last one
+    assert boosted != LATENT or latents[:-1].sum() > 3
     assert latents[:-1].sum() <= len(asked) - 4 <= latents.sum() < 14
     assert asked == [*range(1, len(asked) + 1)]
 
@@ -820,7 +820,7 @@ SAID = {  # choice of cat, kite, dog, car -> texts that say it; None: none, or s
     1: ('B.', 'kite B', '(B) kite', 'It flies.\nThe answer is B. kite', 'the answer is KITE!',
         'There is a dog.\nanswer: "kite"', 'The answer is A. cat\nThe answer is B'),
     2: ('C. dog', 'Final answer: (C).', 'The answer is option C', 'The answer is a dog.'),
-    None: ('', '.', 'E', 'A or B', 'A, B', 'A/B', 'not A', 'B. dog', 'dog A', 'It is a kite.',
+    None: ('', '.', 'E', 'A or B', 'A, B', 'A/B', 'not A', 'A. kite', 'dog A', 'It is a kite.',
            'A kite flies.', 'carpet', 'The answer is A or B', 'A. cat B. kite C. dog D. car',
            'The answer is not A', 'The answer is E. bird', 'cats', 'A+', 'A.M.')}
 

@@ -11,7 +11,7 @@ Leaves in out_dir: last.pt (to resume from), best.pt (best validation accuracy w
 stage), epoch_{k}.pt (the end of each stage), and the files of `files` below.
 
 To change X, edit here: what a stage hides, prepare.py's `build_text`; what is fed back, model.py's
-`feed`; a further loss, "the loop" below, where out.thoughts are the vectors that were fed back.
+`feed`; a further loss, model.py's `forward`, its data by prepare.py's `encode` and `collate`.
 """
 import atexit
 import json
@@ -31,8 +31,8 @@ from configurator import FIELDS, configure
 from experiments.curves import open_folder, provenance, report_epoch, start_wandb
 from experiments.toy import new_model
 from model import load_checkpoint, load_tokenizer
-from prepare import ANSWER, PROMPT, Rows, batches, count_supervised, digest, fitting_rows
-from prepare import micro_batches, read_split, row_knobs_of, write_file
+from prepare import ANSWER, PROMPT, Rows, batches, count_supervised, digest, end_workers
+from prepare import fitting_rows, micro_batches, read_split, row_knobs_of, write_file
 from sample import ask, check_round_trip, describe, pick_device, pick_dtype, summarize
 
 # --- knobs: data and text -------------------------------------------------------------------------
@@ -110,6 +110,7 @@ loading = dict(num_workers=num_workers, pin_memory=device == 'cuda')
 if WORLD > 1:
     dist.init_process_group('cpu:gloo,cuda:nccl' if device == 'cuda' else 'gloo')
     atexit.register(dist.destroy_process_group)
+atexit.register(end_workers)  # which ignore signals: after an error Python would wait for them
 
 
 def all_ranks(value):
@@ -122,8 +123,9 @@ def all_ranks(value):
 
 # --- model ----------------------------------------------------------------------------------------
 resuming = init_from == 'resume' and not eval_only
-knobs['thought'] = 'pause' if mode == 'pause' else knobs.get('thought', 'hidden')
-overrides = {key: knobs[key] for key in FIELDS if key in knobs}
+overrides = {key: knobs[key] for key in FIELDS if key in knobs}  # of the model's Config
+if mode == 'pause':
+    overrides['thought'] = 'pause'
 if init_from == 'scratch':
     tokenizer, saved = load_tokenizer(f'{data_dir}/tokenizer'), {}
     model = new_model(tokenizer, **overrides)
@@ -131,8 +133,9 @@ else:
     path = f'{out_dir}/last.pt' if init_from == 'resume' else init_from
     model, tokenizer, saved = load_checkpoint(path, **overrides)
 config, optimizer_state = model.config, saved.pop('optimizer', None)
-if resuming and dtype == 'auto':
-    dtype = saved['knobs']['dtype']
+knobs['thought'] = config.thought  # the checkpoint's, unless it was set
+assert eval_only or (mode == 'pause') == (config.thought == 'pause'), (mode, config.thought)
+dtype = saved['knobs']['dtype'] if resuming and dtype == 'auto' else dtype
 dtype = knobs['dtype'] = pick_dtype(dtype, device)
 autocast = torch.autocast(device, torch.bfloat16, enabled=dtype == 'bfloat16')
 model.to(device).set_activation_checkpointing(activation_checkpointing)
@@ -152,7 +155,6 @@ print(f'{sum(p.numel() for p in matrices + others):,} parameters are trained, {d
 
 # --- data and schedule ----------------------------------------------------------------------------
 row_knobs = row_knobs_of(knobs, tokenizer, config)
-# an answer has to fit behind the longest prompt
 row_knobs['max_length'] = min(max_length, config.max_position_embeddings - max_new_tokens)
 for key in ('mode', 'thought', 'c_thought', 'max_latent_stage', 'pad_latent_to_max', 'prompt',
             'answer', 'template', 'visual_bridge', 'max_tiles', 'dtype'):
@@ -171,18 +173,18 @@ train_rows, begins, ends = {}, {}, {}   # of each stage: rows that fit, first st
 for stage, epochs in wanted if not eval_only else ():
     if stage < start_stage or not epochs:
         continue
-    train_rows[stage] = fitting_rows('train', stage, uniform_prob=uniform_prob, **row_knobs)
+    rows = train_rows[stage] = fitting_rows('train', stage, uniform_prob=uniform_prob, **row_knobs)
     for split in splits:
         fitting_rows(split, stage, **row_knobs)  # stops here, not in the end, where none fits
-    steps = math.ceil(len(train_rows[stage]) / batch_size)
+    steps = math.ceil(len(rows) / batch_size)
     begins[stage], ends[stage] = total_steps, total_steps + epochs * steps
     schedule += [(stage, first, first + steps) for first in range(total_steps, ends[stage], steps)]
     total_steps = ends[stage]
     # the first row as the model sees it, <x><x><x> as <x>*3
-    text = tokenizer.decode(Rows(train_rows[stage], 'train', stage, **row_knobs)[0]['input_ids'])
+    text = tokenizer.decode(Rows(rows, 'train', stage, **row_knobs)[0]['input_ids'])
     text = re.sub(r'(<[^<>\s]+>)\1+', lambda m: f'{m[1]}*{len(m[0]) // len(m[1])}', text)
-    print(f'\nstage {stage}: {epochs} epochs of {steps} steps, {len(train_rows[stage])} rows, the '
-          f'first is\n{text}')
+    print(f'\nstage {stage}: {epochs} epochs of {steps} steps, {len(rows)} rows, first:\n{text}')
+assert schedule or eval_only, f'there is no epoch in {wanted} from {start_stage=} on'
 last_step = total_steps if max_steps < 0 else min(total_steps, max_steps)
 if max_steps == 0 and schedule:
     sys.exit()
@@ -248,7 +250,7 @@ step, best = 0, None          # optimizer steps done; [stage, accuracy, -loss] o
 data_digest = digest(data_dir, 'validation', *['train'] * (not eval_only))
 if resuming:
     then = saved['knobs']
-    changed = {key: (then.get(key), knobs.get(key)) for key in then.keys() | knobs.keys()
+    changed = {key: (then.get(key), knobs.get(key)) for key in then.keys() | knobs.keys() & FIELDS
                if key not in CHANGEABLE and then.get(key) != knobs.get(key)}
     assert not changed, f'the run in {out_dir} began with other knobs, (then, now): {changed}'
     assert data_digest == saved['data'], f'the rows in {data_dir} are not those the run began with'
@@ -257,21 +259,19 @@ if resuming:
     last_step = max(step, last_step)
 if eval_only and os.path.exists(f'{out_dir}/last.pt'):
     out_dir = f'{out_dir}/eval'  # beside a run's own answers, not over them
-files = ['run.json', 'metrics.jsonl', 'last.pt', 'best.pt', 'curves.png']  # that a run writes
+files = ['run.json', 'metrics.jsonl', 'last.pt', 'best.pt', 'curves.png']  # overwrite removes them
 files += [f'{kind}_{split}.json' for split in splits for kind in ('answers', 'predictions')]
 for k in range(1, len(schedule) + 1):
     files += [f'epoch_{k}.pt', f'metrics_epoch_{k}.json']
 if WORLD > 1:
     dist.barrier()            # all have read: init_from may be one of the files that are removed
 record = dict(provenance(), knobs=knobs, ranks=WORLD, files=files)  # of this start
-log_path, first_record = os.devnull, record
+log_path = os.devnull if RANK else f'{out_dir}/metrics.jsonl'
 if not RANK:
-    log_path = f'{out_dir}/metrics.jsonl'
     first_record = open_folder(out_dir, record, overwrite, goes_on=resuming or eval_only)
     if resuming:
         os.truncate(log_path, saved['log_size'])  # what came after will be logged again
-wandb_run = wandb and not RANK and start_wandb(wandb_project, wandb_run_name, out_dir,
-                                               first_record)
+wandb_run = wandb and not RANK and start_wandb(wandb_project, wandb_run_name, first_record)
 
 
 def save(name, **state):

@@ -14,7 +14,7 @@ answer = '{choice} {letter}'               # the letter first is not learnt
 max_length = 128
 max_new_tokens = 32
 
-c_thought = 2                # 1 is too few, unless with teach_thoughts = 1.0: see RESULTS.md
+c_thought = 2                # 1 is too few: see RESULTS.md
 max_latent_stage = 4
 epochs_stage0 = 4
 epochs_per_stage = 2

@@ -54,12 +54,12 @@ def open_folder(folder, start, overwrite, goes_on):
         return starts[0]
 
 
-def start_wandb(project, name, folder, start):
+def start_wandb(project, name, start):
     """A run of Weights & Biases; a resumed run is the same one there."""
     import wandb
-    name = name or os.path.basename(os.path.abspath(folder))
-    return wandb.init(project=project, id=start['id'], resume='allow', dir=folder, name=name,
-                      config=start['knobs'])
+    folder = start['knobs']['out_dir']
+    return wandb.init(project=project, id=start['id'], resume='allow', dir=folder,
+                      name=name or os.path.basename(os.path.abspath(folder)), config=start['knobs'])
 
 
 def read_log(folder):

@@ -39,7 +39,6 @@ Writes beside the checkpoint probe_{split}.json, one record a change, thoughts_{
 import json
 import math
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -109,7 +108,7 @@ def expand(intervene, n=0):
     for name in re.findall(r'[^\s,]+', re.sub(r'\ball\b', ALL, intervene)):
         kind, number = re.fullmatch(r'(.+?)_?(\d*)', name).groups()
         if name not in ONCE and kind not in FOR_EACH:
-            sys.exit(f'--intervene={name}: there is no such change, see --help')
+            raise SystemExit(f'--intervene={name}: there is no such change, see --help')
         numbers = range(n) if kind == 'early' else range(1, n + 1)
         if name in ONCE or number:
             numbers = [int(number or 0)]
@@ -316,7 +315,8 @@ def draw_thoughts(path, model, tokenizer, states, rows, table):
 def draw_patch(path, row, number, step, place, texts, image=None, c_thought=1):
     """A row's chain, with the first thought of each place, and how it goes on where the thought
     `number` was exchanged, so that its step arrives at `place`. texts: the two answers."""
-    chain = [re.findall(r'\w+', row['question'])[-1], *places_of(row)]
+    start, places = re.findall(r'\w+', row['question'])[-1], places_of(row)
+    chain = [start if way(row, start, 1)[-1] == places[0] else '', *places]
     figure, (left, axis) = plt.subplots(
         1, 2, figsize=(9, 2.7), width_ratios=[1, 3], layout='constrained',
         subplot_kw=dict(frame_on=False, xticks=[], yticks=[]))
