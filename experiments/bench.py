@@ -185,7 +185,7 @@ def compiled():
     began = time.time()
     works['compiled']()
     print(f'compiling took {time.time() - began:.0f} s by the clock, losses:',
-          *(float(model(**batches[0]).loss) for model in (ours, twin)), flush=True)
+          *(model(**batches[0]).loss.item() for model in (ours, twin)), flush=True)
     table(f'three training steps, {batch_size} rows, {THOUGHTS} thoughts', works)
 
 

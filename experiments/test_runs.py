@@ -380,9 +380,11 @@ IN_A_STEP, IN_AN_EVALUATION = ('torch.nn.utils', 'clip_grad_norm_'), ('MultiCoCo
 
 
 def signalled(name, number, where):
-    """Signals the process and its workers, as a terminal does, in a function's number-th call."""
+    """Signals the process and its workers, as a terminal does, in the number-th call of a function,
+    behind which there may be no other."""
     return (f'from model import MultiCoCo\naround({where[0]}, {where[1]!r}, lambda call, *args: '
-            f'call == {number} and os.killpg(os.getpgrp(), signal.{name}))\n')
+            f'call == {number} and os.killpg(os.getpgrp(), signal.{name}) or call > {number} '
+            f'and os._exit(99))\n')
 
 
 @pytest.mark.parametrize('name, code, number, where, step', (
@@ -595,13 +597,13 @@ def test_the_best_is_of_the_furthest_stage_and_survives_a_resume(top, tmp_path):
 
     out = tmp_path / 'out'
     args = train(top, out, '--epochs_per_stage=3', '--batch_size=9')
-    call(*args, '--max_steps=3', before=scored(0.9, 0.1, 0.5))
-    assert load(out / 'best.pt')['epoch'] == 3
-    call(*args, '--init_from=resume', before=scored(0.5, 0.3))  # epoch 3 is evaluated again
+    call(*args, '--max_steps=3', before=scored(0.9, 0.5, 0.1))
+    assert load(out / 'best.pt')['epoch'] == 2
+    call(*args, '--init_from=resume', before=scored(0.1, 0.3))  # epoch 3 is evaluated again
     best = load(out / 'best.pt')
-    assert (best['epoch'], best['stage'], best['accuracy'], best['step']) == (3, 1, 0.5, 3)
+    assert (best['epoch'], best['stage'], best['accuracy'], best['step']) == (2, 1, 0.5, 2)
     final = events(out, 'final')[0]
-    assert (final['step'], final['loss']) == (3, events(out, 'eval')[2]['loss'])
+    assert (final['step'], final['loss']) == (2, events(out, 'eval')[1]['loss'])
 
 
 def test_the_schedule_alone(top, tmp_path):
@@ -634,8 +636,7 @@ def test_what_is_refused_before_the_first_step(top, tmp_path):
     "out._replace(loss=out.loss * float('nan')) if number == 4 else out)",
     "around(torch.nn.utils, 'clip_grad_norm_', after=lambda number, norm: "
     "norm * float('inf') if number == 2 else norm)"))
-def test_a_loss_or_gradient_that_is_not_finite_stops_the_run(top, tmp_path, poison):
-    """In step 2. It names the rows, and last.pt is from before."""
+def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_and_names_rows(top, tmp_path, poison):
     said = fail(*train(top, tmp_path, '--batch_size=9', '--save_every=1'),
                 before=f'from model import MultiCoCo\n{poison}')
     assert set(re.findall("'(train[0-9])'", said)) == {f'train{i}' for i in range(9)}
@@ -751,7 +752,7 @@ def init(id, name, **how):
     return run
 ''')
     here = f'sys.path.insert(1, {str(tmp_path)!r})\n'
-    args = train(top, 'out', '--wandb=True', '--wandb_run_name=mine', '--save_every=2',
+    args = train(top, 'out', '--wandb=True', '--wandb_run_name=mine', '--save_every=0',
                  '--epochs_stage0=2', '--epochs_per_stage=0')
     killed = Run(*args, before=here + signalled('SIGKILL', 6, IN_A_STEP), folder=tmp_path).wait()
     assert killed.code == -9
