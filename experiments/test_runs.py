@@ -853,7 +853,7 @@ def test_parquet_files_as_those_of_aokvqa(top, tmp_path):
 def test_what_prepare_refuses_is_left_alone(top, tmp_path):
     """Without validation rows, and a folder into itself."""
     data = tmp_path / 'data'
-    shutil.copytree(top / 'data', data, ignore=shutil.ignore_patterns('arrow'))
+    shutil.copytree(top / 'source', data)
     before = content(data)
     fail(*prepare(top, data, tmp_path / 'new'), '--val_file=')
     fail(*prepare(top, top / 'source', data), '--val_file=')
@@ -895,4 +895,4 @@ def test_a_slip_in_changed_code_ends_a_run_and_keeps_its_traceback(top, tmp_path
     """In a worker, whose parent once waited for it forever."""
     slip = 'import prepare\ndef slip(*call):\n    a, b = call[:1]\naround(prepare, "collate", slip)'
     said = fail(*train(top, tmp_path / 'out', '--num_workers=1'), before=slip)
-    assert 'Traceback' in said and 'not enough values to unpack' in said
+    assert 'train.py", line' in said and 'not enough values to unpack' in said
