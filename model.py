@@ -165,7 +165,7 @@ class Block(nn.Module):
 # A chunk is as wide as its longest row needs: row 1 leaves slots 3 4 5 and 8 9 10 empty, row 0
 # leaves 11 12 13. A token's slot is where it stands here; its position is its column in input_ids,
 # by which RoPE turns it: row 1's t2 has slot 7 and position 4. Positions alone say who sees whom: a
-# query sees the keys of its row at positions up to its own. An empty slot has a greater one.
+# query sees the keys of its row at positions up to its own; an empty slot's is greater than any.
 EMPTY = 2**30
 
 
@@ -198,6 +198,7 @@ def lay_out(input_ids, attention_mask, config, labels=None, device=None, more=0)
     widths = length.max(0).values                                               # [n + 1]
     first_slot = widths.cumsum(0) - widths              # [n + 1], of each chunk
     first_column = length.cumsum(1) - length            # [B, n + 1], of each row's chunks
+    # how far a token is from where its row's chunk begins, so far it is from the chunk's first slot
     slot = first_slot[chunk_of] + torch.arange(T) - first_column.gather(1, chunk_of)
     slot = torch.where(real, slot, 0)  # [B, T]; padding counted with the last chunk, has none
     row, column = real.nonzero(as_tuple=True)
@@ -450,10 +451,10 @@ class MultiCoCo(nn.Module):
         """A model of these weights (name -> tensor), not copied. Modules that a subclass adds may
         be missing among them, and keep their initial values."""
         model = cls(config, device='meta')
-        added = {name: tensor for name, tensor in model.state_dict().items()
+        dtype = weights[EMBEDDING].dtype
+        added = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()
                  if not tensor.is_meta and name not in weights}
-        if added:
-            print(f'not in the files, as initialised: {", ".join(added)}')
+        print('not in the files, as initialised:', ', '.join(added) or 'nothing')
         model.load_state_dict({**weights, **added}, assign=True)
         model.tie()  # assigned, embedding and head are two parameters over one memory
         return model.eval()
@@ -549,8 +550,8 @@ TEXT = ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers',
 VISION = dict(hidden_size='vision_hidden_size', intermediate_size='vision_intermediate_size',
               num_hidden_layers='vision_num_layers', num_attention_heads='vision_num_heads',
               layer_norm_eps='vision_layer_norm_eps')
-UNDECLARED = {'is_causal', 'partial_rotary_factor', 'quantization_config'}  # may not be set
-IGNORED = {  # keys that change nothing at inference, or are read in another way
+MUST_BE_ABSENT = {'is_causal', 'partial_rotary_factor', 'quantization_config'}
+ANY_VALUE = {  # keys that change nothing at inference, or are read elsewhere
     'initializer_range', 'layer_scale_init_value', 'attention_dropout', 'hidden_dropout_prob',
     'projection_dropout', 'use_cache', 'pretraining_tp', 'use_mask_token', 'max_window_layers',
     'head_dim', 'tie_word_embeddings', 'image_token_id', 'image_seq_length', 'bos_token_id',
@@ -559,11 +560,10 @@ IGNORED = {  # keys that change nothing at inference, or are read in another way
 
 
 def refuse_others(theirs, **read):
-    """Every key of `theirs`, a transformers config, that is neither in `read` (what is supported)
-    nor IGNORED has to have its class's default: that is what is computed here, for the classes in
-    BIAS_AND_QK_NORM. Else ValueError."""
+    """Raises ValueError unless each key of `theirs`, a transformers config, has its class's
+    default, which is what is computed here, or is in `read`, what is supported, or in ANY_VALUE."""
     theirs, ours = theirs.to_dict(), type(theirs)(**read).to_dict()
-    for key in (ours.keys() - IGNORED) | UNDECLARED:
+    for key in (ours.keys() - ANY_VALUE) | MUST_BE_ABSENT:
         if theirs.get(key) != ours.get(key):
             raise ValueError(f'not supported: {theirs["model_type"]} with {key} '
                              f'{theirs.get(key)!r}, here it is {ours.get(key)!r}')

@@ -95,7 +95,7 @@ wandb_run_name = ''             # '' for the last part of out_dir
 RANK, WORLD = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))  # by torchrun
 sys.stdout = open(os.devnull, 'w') if RANK else sys.stdout
 knobs = configure(globals(), FIELDS)  # the names above, as files and flags have them, and FIELDS
-# a resumed run may change these; another value of any other knob would make it another run
+# a resumed run may change these; any other knob, or a field of Config newly set, is another run
 CHANGEABLE = ('data_dir', 'out_dir', 'init_from', 'device', 'threads', 'num_workers', 'cache_tiles',
               'micro_batch_size', 'activation_checkpointing', 'compile', 'max_steps', 'save_every',
               'overwrite', 'eval_batch_size', 'log_interval', 'wandb', 'wandb_project',
@@ -250,7 +250,7 @@ step, best = 0, None          # optimizer steps done; [stage, accuracy, -loss] o
 data_digest = digest(data_dir, 'validation', *['train'] * (not eval_only))
 if resuming:
     then = saved['knobs']
-    changed = {key: (then.get(key), knobs.get(key)) for key in then.keys() | knobs.keys() & FIELDS
+    changed = {key: (then.get(key), knobs.get(key)) for key in then.keys() | (knobs.keys() & FIELDS)
                if key not in CHANGEABLE and then.get(key) != knobs.get(key)}
     assert not changed, f'the run in {out_dir} began with other knobs, (then, now): {changed}'
     assert data_digest == saved['data'], f'the rows in {data_dir} are not those the run began with'
@@ -382,7 +382,7 @@ for epoch, (stage, begin, end) in enumerate(schedule, 1):
 
 # --- what came out: of best.pt, or with eval_only of init_from ------------------------------------
 if not eval_only:
-    if best is None:  # max_steps ended the first epoch; a resume does not know of it
+    if best is None:  # never evaluated: it stays None, so that a resumed run replaces this file
         save('best.pt', stage=stage, epoch=epoch, step=step)
     if WORLD > 1:
         dist.barrier()        # RANK 0 has written
