@@ -14,16 +14,14 @@ Memory is the peak above the weights.
 import math
 import statistics
 import time
-import weakref
 from pathlib import Path
 
 import torch
 import torch._dynamo
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
-from torch.utils.weak import WeakIdKeyDictionary
 
 import model as model_file
 from configurator import configure
@@ -226,75 +224,69 @@ def answer_in_bfloat16():
     line(f'an answer of 16 tokens, {tiles[0]} tiles, bfloat16', works)
 
 
-class Peak(TorchDispatchMode):
-    """The bytes of the tensors that are alive, at most."""
-    def __init__(self):
-        super().__init__()
-        self.alive, self.now, self.peak = WeakIdKeyDictionary(), 0, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage() not in self.alive:
-                storage = tensor.untyped_storage()
-                self.alive[storage] = True
-                self.count(storage.nbytes())
-                weakref.finalize(storage, self.count, -storage.nbytes())
-        return out
-
-    def count(self, size):
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-
-def recipe_step(ours, frozen, batch):
-    """A training step of config/aokvqa.py, the optimizer's part included."""
-    ours.set_activation_checkpointing()
-    ours.vision_model.requires_grad_(not frozen)
-    optimizer = torch.optim.AdamW(ours.parameters(), foreach=False, fused=device == 'cuda')
-
-    def work():
-        with torch.autocast(device, torch.bfloat16):
-            loss = ours(**batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return work
-
-
 def simulated_memory(frozen, B):
-    """Peak memory of the recipe's second training step, on fake tensors."""
+    """Peak memory of the recipe's training step, by category, on fake tensors: bf16 autocast,
+    AdamW, activation checkpointing."""
     batch, lay_out = make_batch(config, B, THOUGHTS, tiles), model_file.lay_out
-    ours = MultiCoCo(config, device='meta')
-    del batch['num_tiles']  # its values would be asked for
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake, Peak() as memory:
+    with torch.device('meta'):
+        ours = MultiCoCo(config)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        ours = ours.to_empty(device='cpu')
+        ours.set_activation_checkpointing()
+        for module in ours.vision_model.modules() if frozen else ():
+            for name, p in list(module.named_parameters(recurse=False)):
+                delattr(module, name)  # the tracker wants gradients of parameters
+                module.register_buffer(name, p.detach())
+        optimizer = torch.optim.AdamW(ours.parameters(), foreach=False)
+
         def on_real_ids(*args):  # where a token stands is known, the rest is shapes
             with unset_fake_temporarily():
                 layout = lay_out(*args)
             return tree_map_only(torch.Tensor, fake.from_tensor, layout)
 
-        model_file.lay_out = on_real_ids
-        batch['pixel_values'] = fake.from_tensor(batch['pixel_values'])
-        work = recipe_step(ours.to_empty(device='cpu'), frozen, batch)
-        work()
-        work()
+        model_file.lay_out, pixels = on_real_ids, fake.from_tensor(batch['pixel_values'])
+        for p in ours.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()  # its state is there from the first step on
+        optimizer.zero_grad(set_to_none=True)
+        tracker = MemTracker()
+        tracker.track_external(ours, optimizer)
+        with tracker:
+            with torch.autocast('cpu', torch.bfloat16):
+                loss = ours(batch['input_ids'], pixels, batch['attention_mask'],
+                            batch['labels']).loss
+            loss.backward()
+            optimizer.step()
         model_file.lay_out = lay_out
-    print(f'{B} rows, {frozen=}: {memory.peak / 2**30:.2f} GiB, simulated', flush=True)
+    peak = next(iter(tracker.get_tracker_snapshot('peak').values()))
+    kinds = [f'{str(kind).split(".")[-1]} {n / 2**30:.2f}' for kind, n in peak.items() if n]
+    print(f'GiB, {B} rows, {frozen=}: {", ".join(kinds)}', flush=True)
 
 
 # --- on a GPU -------------------------------------------------------------------------------------
 def recipe(frozen, B):
-    """What `simulated_memory` foretells."""
+    """A training step of InternVL3-1B's recipe, which `simulated_memory` foretells."""
+    batch = make_batch(config, B, THOUGHTS, tiles)
     with torch.device(device):
         ours = MultiCoCo(config)
+    ours.set_activation_checkpointing()
+    ours.vision_model.requires_grad_(not frozen)
     for block in ours.language_model.model.layers if compile else ():
         block.compile()
-    work = recipe_step(ours, frozen, make_batch(config, B, THOUGHTS, tiles))
+    optimizer = torch.optim.AdamW([p for p in ours.parameters() if p.requires_grad], fused=True)
+
+    def work():
+        with autocast:
+            loss = ours(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
     took = interleaved({'': work}, 5)['']
     print(f'{B} rows, {frozen=}, {compile=}: {took:.3f} s, peak '
           f'{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB', flush=True)
     torch.cuda.reset_peak_memory_stats()
+    torch.cuda.empty_cache()
 
 
 def decoding():
