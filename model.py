@@ -66,8 +66,7 @@ class Config:
     latent_token_id: int = 151675         # <|latent|>
     eos_token_ids: tuple = (151645, 151643)
     pad_token_id: int = 151643
-    # the method: in no published checkpoint's file, but given to `from_pretrained`
-    thought: str = 'hidden'               # what is fed back, see `MultiCoCo.feed`
+    thought: str = 'hidden'               # what is fed back: see `feed`, and `from_pretrained`
 
     def __post_init__(self):
         assert self.thought in ('hidden', 'scaled', 'soft', 'pause'), f'thought={self.thought!r}'
@@ -454,7 +453,8 @@ class MultiCoCo(nn.Module):
         dtype = weights[EMBEDDING].dtype
         added = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()
                  if not tensor.is_meta and name not in weights}
-        print('not in the files, as initialised:', ', '.join(added) or 'nothing')
+        if added:
+            print(f'not in the files, as initialised: {", ".join(added)}')
         model.load_state_dict({**weights, **added}, assign=True)
         model.tie()  # assigned, embedding and head are two parameters over one memory
         return model.eval()

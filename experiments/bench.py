@@ -6,7 +6,6 @@ Speed, memory and FLOPs beside transformers, in one run, on the same random weig
     python -m experiments.bench --size=1b --device=cuda   InternVL3-1B's shapes on one GPU
     python -m experiments.bench --size=1b --device=cpu    an answer in bfloat16, and the peak memory
                                                           of the recipe's training, simulated
-    python -m experiments.bench --size=smollm2            a wide text decoder on short rows
 
 Seconds are CPU seconds of all threads, or those of CUDA events; medians of interleaved repeats.
 Memory is the peak above the weights.
@@ -32,7 +31,7 @@ from prepare import collate
 from sample import pick_device
 
 # --- knobs ----------------------------------------------------------------------------------------
-size = 'small'    # 'small', '1b' or 'smollm2'
+size = 'small'    # 'small' or '1b'
 device = 'auto'   # 'auto', 'cpu' or 'cuda'
 compile = False   # the training step with each block compiled
 repeats = 3
@@ -42,11 +41,7 @@ NO_END = dict(eos_token_ids=(-1,))  # every row writes all its tokens
 CONFIGS = {
     '1b': Config(**NO_END),
     'small': Config(num_hidden_layers=2, vision_num_layers=2, vision_hidden_size=384,
-                    vision_num_heads=6, vision_intermediate_size=1536, **NO_END),
-    'smollm2': Config(vocab_size=49158, hidden_size=576, intermediate_size=1536,
-                      num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
-                      attention_bias=False, tie_word_embeddings=True, vision_num_layers=0,
-                      image_token_id=49154, latent_token_id=49156, pad_token_id=0, **NO_END)}
+                    vision_num_heads=6, vision_intermediate_size=1536, **NO_END)}
 QUESTION, THOUGHTS, ANSWER = 40, 8, 24  # tokens of a row: its prompt's text, thoughts, supervised
 ROWS, NEW = 16, 32                      # of a generation: rows, and tokens that each writes
 
@@ -202,17 +197,6 @@ def generation():
     print(f'  published, no cache: {pair:.2f}, {pair / took["plain, no thoughts"]:.2f}')
 
 
-def wide_and_short():
-    """Where a thought's seconds go on short rows: a step, and one without weight gradients."""
-    ours = MultiCoCo(config).to(device)
-    made = {n: make_batch(config, 8, n, (0,)) for n in (0, 2, 4, 8, 16)}
-    works = {n: step_of(ours, lambda n=n: ours(**made[n]).loss) for n in made}
-    for name, trained in (('all trained', True), ('matrices frozen', False)):
-        for p in ours.language_model.model.layers.parameters():
-            p.requires_grad_(trained or p.dim() == 1)
-        line(f'8 rows of some {QUESTION + ANSWER} tokens by thoughts, {name}', works)
-
-
 @torch.no_grad()
 def answer_in_bfloat16():
     """One row and 16 new tokens, with thoughts, and without, as transformers has them."""
@@ -313,9 +297,7 @@ if __name__ == '__main__':
     if size == '1b':
         for frozen, B in ((True, 8), (True, 16), (False, 8), (False, 16)):
             (recipe if device == 'cuda' else simulated_memory)(frozen, B)
-    if size == 'smollm2':
-        wide_and_short()
-    elif size == '1b' and device == 'cpu':
+    if size == '1b' and device == 'cpu':
         answer_in_bfloat16()
     elif compile:
         compiled()

@@ -44,15 +44,6 @@ def test_nothing_stays_of_an_earlier_data_set(tmp_path, monkeypatch):
     assert not [*out.rglob('*.part')]
 
 
-def test_the_data_sets_own_folder_is_not_written_into(tmp_path, monkeypatch):
-    path = own_rows(tmp_path)
-    before = {*tmp_path.iterdir()}
-    with pytest.raises((AssertionError, SystemExit)):
-        command(monkeypatch, 'prepare.py', f'--train_file={path}', f'--val_file={path}',
-                '--init_from=scratch', f'--data_dir={tmp_path}/.')
-    assert not [*tmp_path.glob('*.jsonl')] and before <= {*tmp_path.iterdir()}
-
-
 # --- configurator.py ------------------------------------------------------------------------------
 @pytest.fixture
 def configure(tmp_path, monkeypatch):
