@@ -142,6 +142,7 @@ model.to(device).set_activation_checkpointing(activation_checkpointing)
 if config.vision_num_layers:
     model.vision_model.requires_grad_(not freeze_vision)
 for block in model.language_model.model.layers if compile else ():
+    torch._dynamo.config.recompile_limit = 64  # passes differ in length, mask and gradients
     block.compile()
 matrices, others = [], []  # the others have no decay: biases, norms, position embeddings, ...
 for name, p in model.named_parameters():
@@ -316,8 +317,7 @@ for epoch, (stage, begin, end) in enumerate(schedule, 1):
     rows = train_rows[stage]
     order = np.random.default_rng((seed, epoch - 1)).permutation(len(rows)).tolist()
     groups = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
-    # a rank without rows takes a row of weight 0, so that DDP stays in step
-    own = [group[RANK::WORLD] or group[:1] for group in groups]
+    own = [group[RANK::WORLD] or group[:1] for group in groups]  # if none, one of weight 0 for DDP
     training = Rows(rows, 'train', stage, uniform_prob=uniform_prob, epoch=epoch - 1, **row_knobs)
     model.train()
     began = time.time()
