@@ -269,10 +269,10 @@ if WORLD > 1:
 record = dict(provenance(), knobs=knobs, ranks=WORLD, files=files)  # of this start
 log_path = os.devnull if RANK else f'{out_dir}/metrics.jsonl'
 if not RANK:
-    first_record = open_folder(out_dir, record, overwrite, goes_on=resuming or eval_only)
+    record = open_folder(out_dir, record, overwrite, goes_on=resuming or eval_only)
     if resuming:
         os.truncate(log_path, saved['log_size'])  # what came after will be logged again
-wandb_run = wandb and not RANK and start_wandb(wandb_project, wandb_run_name, first_record)
+wandb_run = wandb and not RANK and start_wandb(wandb_project, wandb_run_name, record)
 
 
 def save(name, **state):

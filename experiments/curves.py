@@ -34,7 +34,7 @@ def provenance():
 
 
 def open_folder(folder, start, overwrite, goes_on):
-    """Makes a run's folder and notes its start in run.json; gives the first start there. start:
+    """Makes a run's folder, notes its start in run.json and gives it with the first's id. start:
     what `provenance` gives, and the names of all files that the run may write. Unless it goes on
     with what is there, none of these may be there, or with overwrite those go that are noted as
     earlier runs'."""
@@ -51,7 +51,7 @@ def open_folder(folder, start, overwrite, goes_on):
     starts = [*starts * goes_on, start]
     write_file(path, json.dumps(starts, indent=1).encode())
     with open(os.path.join(folder, 'metrics.jsonl'), 'a'):
-        return starts[0]
+        return dict(start, id=starts[0]['id'])
 
 
 def start_wandb(project, name, start):
