@@ -332,7 +332,8 @@ def draw_patch(path, row, number, step, place, texts, image=None, c_thought=1):
             if x > first:
                 axis.annotate('', (x - 0.2, y), (x - 0.8, y), arrowprops=dict(arrowstyle='->'))
         axis.text(len(chain) - 0.6, y, f'written: {texts[1 - y][-20:]!r}', va='center', color=ink)
-    axis.annotate(f'thought {number} of\nanother row', (step - 0.2, 0), (step - 0.9, 0), ha='right',
+    source = 'another image' if image else 'another row'
+    axis.annotate(f'thought {number} of\n{source}', (step - 0.2, 0), (step - 0.9, 0), ha='right',
                   va='center', color='tab:red', arrowprops=dict(arrowstyle='->', color='tab:red'))
     options = [f'{letter} {option}' for letter, option in zip(LETTERS, row.get('choices') or ())]
     axis.set_title('     '.join([row['question'][-60:], *options]), fontsize=10)
