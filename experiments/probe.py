@@ -31,7 +31,8 @@ the checkpoint's.
 A thought that can be replaced without loss carries nothing. Where a change predicts an answer
 (swap: the donor's; image: where that leads; patch, rewrite: where the own map leads from the new
 place; transplant, same: the own one), `predicted`, `old` and `neither` are the shares of rows that
-write it, the right one, another; p is McNemar's, exact. --compare names out_dirs of other runs.
+write it, the right one, another, and `before` of those that wrote it when left alone; p is
+McNemar's, exact. --compare names out_dirs of other runs.
 
 Writes beside the checkpoint probe_{split}.json, one record a change, thoughts_{split}.json and
 .png, what the thoughts say, and patch_{K}_{split}.png, the first row's chains for each patch.
@@ -68,8 +69,8 @@ threads = 0                     # CPU threads; 0 for the checkpoint's
 
 ONCE = ('zero', 'noise', 'mean', 'swap', 'image', 'transplant', 'blind', 'twins')
 FOR_EACH = ('drop_last', 'early', 'patch', 'same', 'rewrite')
-COLUMNS = ('accuracy', 'tokens_per_answer', 'only_clean', 'only_changed', 'p', 'predicted', 'old',
-           'neither', 'rows_predicted')
+COLUMNS = ('accuracy', 'tokens_per_answer', 'only_clean', 'only_changed', 'p', 'predicted',
+           'before', 'old', 'neither', 'rows_predicted')
 ALL = 'zero,noise,mean,swap,image,drop_last,early'
 
 
@@ -226,8 +227,9 @@ def outcomes(answers, clean, predicted, own):
     new, before = ([says(told[i], predicted[i]) for i in rows] for told in (answers, clean))
     old = [says(answers[i], own[i]) and own[i] != predicted[i] for i in rows]
     shares = [sum(told) / len(rows) for told in (new, old)]
-    return dict(predicted=shares[0], old=shares[1], neither=1 - sum(shares),
-                rows_predicted=len(rows), p_predicted=pair(new, before)[2])
+    return dict(predicted=shares[0], before=sum(before) / len(rows), old=shares[1],
+                neither=1 - sum(shares), rows_predicted=len(rows),
+                p_predicted=pair(new, before)[2])
 
 
 def pair(right, other):
