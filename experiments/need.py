@@ -16,10 +16,11 @@ here = Path(__file__).parent
 _, _, table = (here / 'RESULTS.md').read_text('utf-8').partition(HEADER)
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout='constrained')
 for line in table.partition('\n\n')[0].splitlines()[2:]:
-    run, _, *controls, gain, steering = [cell.strip(' *') for cell in line.strip('| ').split('|')]
+    run, right, *controls, gain, steering = [cell.strip(' *') for cell in line.strip('| ').split('|')]
     kind = run.partition(',')[0]
     marker, colour = KINDS[kind]
-    best = max([float(right) for right in controls if right != '-'], default=None)
+    marker = marker if float(right) > 50 else 'x'       # not learnt
+    best = max([float(accuracy) for accuracy in controls if accuracy != '-'], default=None)
     for steered in steering.split(', '):        # a thought each
         ink = 'none' if '(' in steered else colour
         for axis, x in zip(axes, (best, gain)):
@@ -29,6 +30,7 @@ for line in table.partition('\n\n')[0].splitlines()[2:]:
 for kind, (marker, colour) in KINDS.items():
     axes[0].plot([], [], marker, color=colour, label=kind)
 axes[0].plot([], [], 'o', color='black', markerfacecolor='none', label='hollow: of the last room')
+axes[0].plot([], [], 'kx', label='the task is not learnt')
 axes[0].legend(fontsize=8, loc='center left', bbox_to_anchor=(0.32, 0.4))
 axes[0].set(xlabel='the better control is right, %', ylabel='steering, points', xlim=(20, 102))
 axes[1].set(xlabel='gain: loss of pause / loss with thoughts', xscale='log')
