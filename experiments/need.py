@@ -16,7 +16,8 @@ here = Path(__file__).parent
 _, _, table = (here / 'RESULTS.md').read_text('utf-8').partition(HEADER)
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout='constrained')
 for line in table.partition('\n\n')[0].splitlines()[2:]:
-    run, right, *controls, gain, steering = [cell.strip(' *') for cell in line.strip('| ').split('|')]
+    cells = [cell.strip(' *') for cell in line.strip('| ').split('|')]
+    run, right, *controls, gain, steering = cells
     kind = run.partition(',')[0]
     marker, colour = KINDS[kind]
     marker = marker if float(right) > 50 else 'x'       # not learnt
