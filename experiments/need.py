@@ -16,16 +16,15 @@ here = Path(__file__).parent
 _, _, table = (here / 'RESULTS.md').read_text('utf-8').partition(HEADER)
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout='constrained')
 for line in table.partition('\n\n')[0].splitlines()[2:]:
-    cells = [cell.strip(' *') for cell in line.strip('| ').split('|')]
+    cells = [cell.strip() for cell in line.strip('| ').split('|')]
     run, right, *controls, gain, steering = cells
-    kind = run.partition(',')[0]
-    marker, colour = KINDS[kind]
+    marker, colour = KINDS[run.partition(',')[0]]
     marker = marker if float(right) > 50 else 'x'       # not learnt
-    best = max([float(accuracy) for accuracy in controls if accuracy != '-'], default=None)
+    best = max([float(accuracy) for accuracy in controls if accuracy != '-'], default='-')
     for steered in steering.split(', '):        # a thought each
         ink = 'none' if '(' in steered else colour
         for axis, x in zip(axes, (best, gain)):
-            if x not in (None, '-'):
+            if x != '-':
                 axis.plot(float(x), float(steered.strip('()')), marker, markeredgecolor=colour,
                           markerfacecolor=ink, alpha=0.7)
 for kind, (marker, colour) in KINDS.items():
