@@ -10,7 +10,8 @@ from pathlib import Path
 from experiments.curves import plt
 
 HEADER = '| run | right | no_thoughts | pause | gain | steering |'
-KINDS = {'puzzle': ('o', 'tab:blue'), 'rotated': ('s', 'tab:orange'), 'SmolLM2': ('^', 'tab:red')}
+KINDS = {'puzzle': ('o', 'tab:blue'), 'after pause': ('D', 'tab:green'),
+         'rotated': ('s', 'tab:orange'), 'SmolLM2': ('^', 'tab:red')}
 
 here = Path(__file__).parent
 _, _, table = (here / 'RESULTS.md').read_text('utf-8').partition(HEADER)
