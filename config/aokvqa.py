@@ -1,6 +1,6 @@
 # InternVL3-1B on A-OKVQA, multiple choice. Expected accuracy: not measured yet (chance 25.0;
 # fine-tuned PaliGemma-3B has 76.4 to 76.9). One GPU of 24 GB or more; by the steps measured
-# on an H100 a night (8 to 9 hours).
+# on an H100 a night (8 to 10 hours).
 #     python prepare.py && python train.py config/aokvqa.py --max_latent_stage=4
 dataset = 'HuggingFaceM4/A-OKVQA'
 data_dir = 'data/aokvqa'
