@@ -329,7 +329,8 @@ def draw_patch(path, row, number, step, place, texts, image=None, c_thought=1):
         for x, name in enumerate(places, first):
             known = plt.matplotlib.colors.is_color_like(name)
             axis.scatter(x, y, s=900, color=name if known else 'lightgrey', edgecolors='black')
-            label = f'{name}\nthought {1 + (x - 1) * c_thought}' if x and y else name
+            said = f'thought {1 + (x - 1) * c_thought}' if y else 'expected'
+            label = f'{name}\n{said}' if x > first else name
             axis.text(x, y - 0.27, label, ha='center', va='top', fontsize=9)
             if x > first:
                 axis.annotate('', (x - 0.2, y), (x - 0.8, y), arrowprops=dict(arrowstyle='->'))
