@@ -329,11 +329,11 @@ def draw_patch(path, row, number, step, place, texts, image=None, c_thought=1):
         for x, name in enumerate(places, first):
             known = plt.matplotlib.colors.is_color_like(name)
             axis.scatter(x, y, s=900, color=name if known else 'lightgrey', edgecolors='black')
-            said = f'thought {1 + (x - 1) * c_thought}' if y else 'expected'
-            label = f'{name}\n{said}' if x > first else name
-            axis.text(x, y - 0.27, label, ha='center', va='top', fontsize=9)
+            label = name
             if x > first:
+                label += f'\nthought {1 + (x - 1) * c_thought}' if y else '\nexpected'
                 axis.annotate('', (x - 0.2, y), (x - 0.8, y), arrowprops=dict(arrowstyle='->'))
+            axis.text(x, y - 0.27, label, ha='center', va='top', fontsize=9)
         axis.text(len(chain) - 0.6, y, f'written: {texts[1 - y][-20:]!r}', va='center', color=ink)
     source = 'another image' if image else 'another row'
     axis.annotate(f'thought {number} of\n{source}', (step - 0.2, 0), (step - 0.9, 0), ha='right',
