@@ -517,7 +517,7 @@ if __name__ == '__main__':
     if dataset in toy.DRAWN and not any(files.values()):
         counts = dict(train=train_rows, validation=val_rows, test=test_rows)
         raw = {split: (rows, '')
-               for split, rows in toy.DRAWN[dataset](counts, seed, hops, nodes).items()}
+               for split, rows in toy.draw(dataset, counts, seed, hops, nodes).items()}
     else:
         raw = load_rows(dataset, files, os.path.join(data_dir, 'cache', 'arrow'))
     assert 'validation' in raw, f'no validation rows, which train.py needs, only {[*raw]}'

@@ -4,7 +4,6 @@ Speed, memory and FLOPs beside transformers, in one run, on the same random weig
     python -m experiments.bench                           small towers, real vocabulary and tiles
     python -m experiments.bench --compile=True            compiled blocks beside eager ones
     python -m experiments.bench --size=1b --device=cuda   InternVL3-1B's shapes on one GPU
-    python -m experiments.bench --size=1b --device=cpu    an answer in bfloat16
 
 Seconds are CPU seconds of all threads, or those of CUDA events; medians of interleaved repeats.
 Memory is the peak above the weights.
@@ -19,8 +18,7 @@ import torch._dynamo
 from torch.utils.flop_counter import FlopCounterMode
 
 from configurator import configure
-from experiments.reference import floor_loss, models, plain_generate
-from experiments.reference import published_generate, published_loss
+from experiments.reference import floor_loss, models, plain_generate, published_loss
 from model import Config, MultiCoCo
 from prepare import collate
 from sample import pick_device
@@ -136,13 +134,6 @@ def table(title, works):
         found, ratio = cost(work), took[name] / next(iter(took.values()))
         print(f'  {name:40}{took[name]:9.2f}{ratio:7.2f}{found["flops"] / 1e9:9.1f}'
               f'{found["peak"] / 1e9:9.2f}', flush=True)
-    return took
-
-
-def line(title, works):
-    """The same in one line, without ratios and costs."""
-    took = interleaved(works, repeats)
-    print(f'{title}: ' + ', '.join(f'{k} {t:.2f} s' for k, t in took.items()), flush=True)
 
 
 # --- what is measured -----------------------------------------------------------------------------
@@ -158,8 +149,8 @@ def training():
 def thoughts():
     """A training step by thoughts."""
     made = {n: make_batch(config, batch_size, n, tiles) for n in (0, 2, 4, 8, 16, 32)}
-    line('\ntraining step by thoughts',
-         {n: step_of(ours, lambda n=n: ours(**made[n]).loss) for n in made})
+    table('training step', {f'{n} thoughts': step_of(ours, lambda n=n: ours(**made[n]).loss)
+                            for n in made})
 
 
 def compiled():
@@ -181,26 +172,11 @@ def compiled():
 
 @torch.no_grad()
 def generation():
-    batch, plain, two = (make_batch(config, B, n, tiles, supervised=False)
-                         for B, n in ((ROWS, THOUGHTS), (ROWS, 0), (2, THOUGHTS)))
+    batch, plain = (make_batch(config, ROWS, n, tiles, supervised=False) for n in (THOUGHTS, 0))
     works = {'plain, no thoughts': lambda: plain_generate(theirs, plain, NEW),
              'ours': lambda: ours.generate(**batch, max_new_tokens=NEW)}
     with autocast:
-        took = table(f'{ROWS} answers of {NEW} tokens, {THOUGHTS} thoughts', works)
-        pair = seconds(lambda: published_generate(theirs, two, config.latent_token_id, NEW))
-    pair *= ROWS / 2  # row by row, so two rows tell
-    print(f'  published, no cache: {pair:.2f}, {pair / took["plain, no thoughts"]:.2f}')
-
-
-@torch.no_grad()
-def answer_in_bfloat16():
-    """One row and 16 new tokens, with thoughts, and without, as transformers has them."""
-    ours, theirs = (model.bfloat16() for model in models(config, seed))
-    plain, ask = (make_batch(config, 1, n, tiles, supervised=False) for n in (0, THOUGHTS))
-    works = {'transformers': lambda: plain_generate(theirs, plain, 16),
-             'ours': lambda: ours.generate(**plain, max_new_tokens=16),
-             f'ours, {THOUGHTS} thoughts': lambda: ours.generate(**ask, max_new_tokens=16)}
-    line(f'an answer of 16 tokens, {tiles[0]} tiles, bfloat16', works)
+        table(f'{ROWS} answers of {NEW} tokens, {THOUGHTS} thoughts', works)
 
 
 # --- on a GPU -------------------------------------------------------------------------------------
@@ -253,9 +229,7 @@ if __name__ == '__main__':
     if size == '1b' and device == 'cuda':
         for frozen, B in ((True, 8), (True, 16), (False, 8), (False, 16)):
             recipe(frozen, B)
-    if size == '1b' and device == 'cpu':
-        answer_in_bfloat16()
-    elif compile:
+    if compile:
         compiled()
     else:
         ours, theirs = (model.to(device) for model in models(config, seed))

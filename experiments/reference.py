@@ -1,11 +1,10 @@
 """
 The slow, plain paths that bench.py and the tests compare with: transformers' InternVL with our
-weights, one pass over it, and Coconut's published loops (arXiv 2412.06769) written over it.
+weights, one pass over it, and Coconut's published loop (arXiv 2412.06769) written over it.
 
-    floor_loss           one plain pass, head at supervised positions only: no thought can cost less
-    published_loss       one pass a thought over aligned rows, cache reused, head everywhere
-    plain_generate       transformers' generate, without thoughts
-    published_generate   one row at a time; every new token recomputes the row from its start
+    floor_loss       one plain pass, head at supervised positions only: no thought can cost less
+    published_loss   one pass a thought over aligned rows, cache reused, head everywhere
+    plain_generate   transformers' generate, without thoughts
 
 Batches are those of model.py's forward, on the model's device.
 """
@@ -95,26 +94,3 @@ def plain_generate(theirs, batch, new_tokens):
     return theirs.generate(**turned, pixel_values=normalised(batch['pixel_values']),
                            max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False,
                            pad_token_id=0)[:, batch['input_ids'].shape[1]:]
-
-
-def published_generate(theirs, batch, latent, new_tokens):
-    lm, answers = theirs.model.language_model, []
-    for b, tiles in enumerate(batch['pixel_values'].split(batch['num_tiles'].tolist())):
-        ids = batch['input_ids'][b:b + 1, :int(batch['attention_mask'][b].sum())]
-        x = embed(theirs, dict(input_ids=ids, pixel_values=tiles))
-        cache, start = DynamicCache(), 0
-        for stop in [*(ids[0] == latent).nonzero()[:, 0].tolist(), x.shape[1]]:
-            hidden = lm(inputs_embeds=x[:, start:stop], past_key_values=cache,
-                        use_cache=True).last_hidden_state
-            theirs.lm_head(hidden)
-            if stop < x.shape[1]:
-                x = torch.cat((x[:, :stop], hidden[:, -1:], x[:, stop + 1:]), 1)
-            start = stop
-        new = []
-        for i in range(new_tokens):
-            new.append(theirs.lm_head(hidden)[0, -1].argmax())
-            if i + 1 < new_tokens:
-                x = torch.cat((x, theirs.get_input_embeddings()(new[-1])[None, None]), 1)
-                hidden = lm(inputs_embeds=x, use_cache=False).last_hidden_state
-        answers.append(torch.stack(new))
-    return torch.stack(answers)

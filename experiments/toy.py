@@ -28,7 +28,6 @@ there. The other is as far from another person. With the furthest kind of either
 one whose parent is not a person is right in 87 % of the graphs of 9 nodes, and a trained model that
 scored 89 % had learnt little but that.
 """
-
 import functools
 import io
 import math
@@ -49,7 +48,7 @@ COLOURS = {
     'pink': (245, 150, 190), 'brown': (125, 80, 45), 'black': (25, 25, 25),
     'white': (245, 245, 245),
 }
-CELL, HOPS, NUMBERS = 28, 4, ('No', 'One', 'Two', 'Three', 'Four', 'Five', 'Six')
+CELL, NUMBERS = 28, ('No', 'One', 'Two', 'Three', 'Four', 'Five', 'Six')
 
 
 def draw_map(rng, hops):
@@ -63,9 +62,8 @@ def draw_map(rng, hops):
     return order, leads_to
 
 
-def draw_chain(rng, hops=HOPS):
-    """One row: (image uint8 [84, 84, 3], fields of A-OKVQA's schema without image and
-    question_id)."""
+def draw_chain(rng, i, hops):
+    """Row i in A-OKVQA's schema; its image, uint8 [84, 84, 3], as PNG."""
     names, rooms = list(COLOURS), np.array(list(COLOURS.values()))
     order, leads_to = draw_map(rng, hops)
     path = order[:hops + 1]
@@ -74,19 +72,22 @@ def draw_chain(rng, hops=HOPS):
         cells[cell, 2:-2, 2:-2] = rooms[room]
         cells[cell, 7:-7, 7:-7] = rooms[leads_to[room]]
     image = cells.reshape(3, 3, CELL, CELL, 3).swapaxes(1, 2).reshape(3 * CELL, 3 * CELL, 3)
-    options = rng.permutation(
-        [path[-1], *rng.permutation([r for r in order if r not in (path[0], path[-1])])[:3]])
+    png = io.BytesIO()
+    Image.fromarray(image.astype(np.uint8)).save(png, 'PNG')
+    others = rng.permutation([r for r in order if r not in (path[0], path[-1])])
+    options = rng.permutation([path[-1], *others[:3]]).tolist()
     right = names[path[-1]]
-    return image.astype(np.uint8), dict(
+    return dict(
         question=f'{NUMBERS[hops]} doors from {names[path[0]]}?',
-        choices=[names[r] for r in options], correct_choice_idx=int(list(options).index(path[-1])),
+        choices=[names[r] for r in options], correct_choice_idx=options.index(path[-1]),
         direct_answers=str([right]), difficult_direct_answer=False,
         rationales=[*(names[r] for r in path[1:-1]), f'{right} is where the last door leads'],
         results=[names[r] for r in path[1:]],
-        edges=[[names[a], names[b]] for a, b in enumerate(leads_to)])
+        edges=[[names[a], names[b]] for a, b in enumerate(leads_to)],
+        image=dict(bytes=png.getvalue()), question_id=f'{i:05d}')
 
 
-def draw_chain_in_words(rng, hops=HOPS):
+def draw_chain_in_words(rng, hops):
     """One text-only row in Coconut's format: the map is eight facts, a step the one that is used
     next."""
     names = list(COLOURS)
@@ -98,39 +99,6 @@ def draw_chain_in_words(rng, hops=HOPS):
     return dict(question='\n'.join([*rng.permutation(facts), question]),
                 steps=[facts[r] for r in path[:-1]], answer=results[-1], results=results,
                 edges=[[names[a], names[b]] for a, b in enumerate(leads_to)])
-
-
-def draw_rows(counts, seed, draw_row):
-    """split -> rows for `counts`, split -> number: draw_row(rng, i) is row i. Every split has its
-    own random stream."""
-    drawn = {}
-    for number, (split, count) in enumerate(counts.items()):
-        rng = np.random.default_rng((seed, number))
-        drawn[split] = [draw_row(rng, i) for i in range(count)]
-    return drawn
-
-
-def check_hops(hops):
-    if not 1 <= hops < len(NUMBERS):
-        raise ValueError(f'hops={hops}: expected 1 to {len(NUMBERS) - 1}')
-
-
-def draw(rows, seed, hops=HOPS):
-    """split -> raw rows of the colour chain for `rows`, split -> number; images as PNG."""
-    check_hops(hops)
-
-    def draw_row(rng, i):
-        image, fields = draw_chain(rng, hops)
-        png = io.BytesIO()
-        Image.fromarray(image).save(png, 'PNG')
-        return dict(fields, image=dict(bytes=png.getvalue()), question_id=f'{i:05d}')
-    return draw_rows(rows, seed, draw_row)
-
-
-def draw_words(rows, seed, hops=HOPS):
-    """split -> rows of the colour chain in words, for a text decoder."""
-    check_hops(hops)
-    return draw_rows(rows, seed, lambda rng, i: draw_chain_in_words(rng, hops))
 
 
 PEOPLE = 'Alex Tom Jack Sally Davis Bob Max Fae Stella Carol Wren Polly Rex Sam Oliver'.split()
@@ -157,22 +125,20 @@ def draw_graph(rng, nodes, steps, further=0.25, later=1.5, people=PEOPLE, kinds=
         parents, depth = [[], []], [0, 0]
         family = [1, 2]  # 1 descends from node 0, 2 from node 1, 3 from both, 0 from neither
         for node in range(2, nodes):
-            on_way = node < 2 + 2*steps
-            shut = 2 - node%2 if on_way else rng.choice((2, 1, 0), p=(0.35, 0.35, 0.3))
-            open_to = [
-                n for n in range(node) if not family[n] & shut and not (on_way and n == node - 2)
-            ]
+            on_way = node < 2 + 2 * steps
+            shut = 2 - node % 2 if on_way else rng.choice((2, 1, 0), p=(0.35, 0.35, 0.3))
+            open_to = [n for n in range(node)
+                       if not family[n] & shut and not (on_way and n == node - 2)]
             weight = np.array([1 + 1.5 * depth[n] for n in open_to])
             count = min(len(open_to), rng.poisson(further if on_way else later))
-            chosen = (rng.choice(open_to, count, replace=False, p=weight /
-                                 weight.sum()).tolist() if count else [])
+            chosen = []
+            if count:
+                chosen = rng.choice(open_to, count, replace=False, p=weight / weight.sum()).tolist()
             parents.append([node - 2, *chosen] if on_way else chosen)
             family.append(functools.reduce(operator.or_, (family[n] for n in parents[-1]), 0))
             depth.append(1 + max((depth[n] for n in parents[-1]), default=-1))
         ways = [shortest_ways(parents, start) for start in (0, 1)]
-        far = [{len(ways[start][n]): n
-                for n in range(2, nodes)
-                if family[n] == 1 + start}
+        far = [{len(ways[start][n]): n for n in range(2, nodes) if family[n] == 1 + start}
                for start in (0, 1)]  # one node of each distance
         both = far[0].keys() & far[1].keys()
         if both and max(both) > steps and parents.count([]) <= len(people):
@@ -185,13 +151,11 @@ def draw_graph(rng, nodes, steps, further=0.25, later=1.5, people=PEOPLE, kinds=
     facts = [says(a, b) for b in range(nodes) for a in parents[b]]
     one, other = rng.permutation([right, wrong])
     way = ways[0][right]
-    return dict(
-        question='\n'.join([
-            *rng.permutation(facts), f'Is {name[0]} a {name[one]} or a {name[other]}?'
-        ]), steps=[says(a, b) for a, b in zip(way, way[1:])],
-        answer=f'{name[0]} is a {name[right]}.', results=[name[n] for n in way[1:]],
-        edges=[[name[a], name[b]] for b in range(nodes) for a in parents[b]],
-    )
+    question = f'Is {name[0]} a {name[one]} or a {name[other]}?'
+    return dict(question='\n'.join([*rng.permutation(facts), question]),
+                steps=[says(a, b) for a, b in zip(way, way[1:])],
+                answer=f'{name[0]} is a {name[right]}.', results=[name[n] for n in way[1:]],
+                edges=[[name[a], name[b]] for b in range(nodes) for a in parents[b]])
 
 
 def shortest_ways(parents, start):
@@ -204,38 +168,38 @@ def shortest_ways(parents, start):
     return ways
 
 
-def draw_graphs(rows, seed, nodes):
-    """split -> rows in Coconut's format for `rows`, split -> number; each of a random size up to
-    `nodes`. From large graphs alone a small model does not learn to look a fact up; from small ones
-    among them it does."""
-    if not 2 + 2*STEPS <= nodes <= len(KINDS):
-        raise ValueError(f'nodes={nodes}: expected {2 + 2 * STEPS} to {len(KINDS)}')
-
-    def draw_row(rng, i):
-        steps = 1 + i % STEPS
-        return draw_graph(rng, int(rng.integers(2 + 2 * steps, nodes + 1)), steps)
-    return draw_rows(rows, seed, draw_row)
+def draw_small_graph(rng, i, nodes):
+    """A graph of a random size up to `nodes`. From large graphs alone a small model does not learn
+    to look a fact up; from small ones among them it does."""
+    steps = 1 + i % STEPS
+    return draw_graph(rng, int(rng.integers(2 + 2 * steps, nodes + 1)), steps)
 
 
-def draw_published(rows, seed):
-    """As `draw_graphs`, of the published ProsQA's size and form: 23 nodes and 36 edges in the mean,
-    3 to 6 steps, its names, a question's facts in one line. What it does not have is that file's
-    shortcut: the two kinds asked about are equally far from their two people."""
-    def draw_row(rng, i):
-        steps = int(rng.choice(list(PUBLISHED_STEPS), p=list(PUBLISHED_STEPS.values())))
-        nodes = int(np.clip(round(rng.normal(24, 2)), 2 + 2 * steps, 28))
-        kinds = rng.permutation(PUBLISHED_KINDS)
-        row = draw_graph(rng, nodes, steps, 0.5, 1.85, PUBLISHED_PEOPLE, kinds)
-        row['question'] = row['question'].replace('\n', ' ').replace(' or a ', ' or ')
-        return row
-    return draw_rows(rows, seed, draw_row)
+def draw_published_graph(rng):
+    """A graph of the published ProsQA's size and form: 23 nodes and 36 edges in the mean, 3 to 6
+    steps, its names, a question's facts in one line. What it does not have is that file's shortcut:
+    the two kinds asked about are equally far from their two people."""
+    steps = int(rng.choice(list(PUBLISHED_STEPS), p=list(PUBLISHED_STEPS.values())))
+    nodes = int(np.clip(round(rng.normal(24, 2)), 2 + 2 * steps, 28))
+    kinds = rng.permutation(PUBLISHED_KINDS)
+    row = draw_graph(rng, nodes, steps, 0.5, 1.85, PUBLISHED_PEOPLE, kinds)
+    row['question'] = row['question'].replace('\n', ' ').replace(' or a ', ' or ')
+    return row
 
 
-# name -> split -> rows, of (split -> number of rows, seed, hops, nodes)
-DRAWN = dict(toy=lambda rows, seed, hops, nodes: draw(rows, seed, hops),
-             words=lambda rows, seed, hops, nodes: draw_words(rows, seed, hops),
-             prosqa=lambda rows, seed, hops, nodes: draw_graphs(rows, seed, nodes),
-             prosqa_full=lambda rows, seed, hops, nodes: draw_published(rows, seed))
+DRAWN = dict(toy=lambda rng, i, hops, nodes: draw_chain(rng, i, hops),
+             words=lambda rng, i, hops, nodes: draw_chain_in_words(rng, hops),
+             prosqa=lambda rng, i, hops, nodes: draw_small_graph(rng, i, nodes),
+             prosqa_full=lambda rng, i, hops, nodes: draw_published_graph(rng))
+
+
+def draw(dataset, counts, seed, hops, nodes):
+    """split -> rows of a data set of DRAWN for `counts`, split -> number. Every split has its own
+    random stream."""
+    assert 1 <= hops < len(NUMBERS) and 2 + 2 * STEPS <= nodes <= len(KINDS), (hops, nodes)
+    rngs = [np.random.default_rng((seed, number)) for number in range(len(counts))]
+    return {split: [DRAWN[dataset](rng, i, hops, nodes) for i in range(count)]
+            for rng, (split, count) in zip(rngs, counts.items())}
 
 
 def train_tokenizer(texts, folder, vocab_size=512):  # 256 bytes, special tokens, some merges
