@@ -20,7 +20,7 @@ for line in table.partition('\n\n')[0].splitlines()[2:]:
     cells = [cell.strip() for cell in line.strip('| ').split('|')]
     run, right, *controls, gain, steering = cells
     marker, colour = KINDS[run.partition(',')[0]]
-    marker = marker if float(right) > 80 else 'x'       # not learnt
+    marker = marker if float(right) >= 83 else 'x'      # not learnt
     best = max([float(accuracy) for accuracy in controls if accuracy != '-'], default='-')
     for steered in steering.split(', '):        # a thought each
         ink = 'none' if '(' in steered else colour
